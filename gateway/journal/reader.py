@@ -1,0 +1,149 @@
+"""Following a journal: the committed entries in order, from any process, while it is written."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from rank_client.wire.disk import Disk
+from rank_client.wire.records import HEADER, HEADER_BYTES, PAD_MASK, Kind, read_head, unpack_map
+from rank_client.wire.segments import (
+    JOURNAL_KINDS,
+    read_whole,
+    scan_segment,
+    segment_indexes,
+    segment_path,
+)
+
+CHUNK_BYTES = 4 << 20
+DAMAGE_POLLS = 50  #: a bad record that stays bad for so long is not one being written
+
+
+class Entry(NamedTuple):
+    seq: int
+    kind: int
+    body: memoryview
+
+
+class JournalReader:
+    """Reads entries after `seq`; `read` again gives what was committed since.
+
+    `damage` collects what could not be read; entries there are skipped.
+    """
+
+    def __init__(self, disk: Disk, directory: str, after: int = 0) -> None:
+        self.directory = directory
+        self.damage: list[str] = []
+        self._disk = disk
+        self._after = after
+        self._index = 0
+        self._at = 0
+        self._fd = -1
+        self._stuck = (0, 0)  # where a bad record stands, and for how many polls
+
+    def uuid(self) -> bytes | None:
+        """The journal's name, None when there is no journal (yet)."""
+        for index in segment_indexes(self._disk, self.directory):
+            buf = read_whole(self._disk, segment_path(self.directory, index))
+            head = read_head(buf, 0, len(buf))
+            if head and head.kind == Kind.TABLE:
+                uuid: bytes = unpack_map(buf[head.body])["uuid"]
+                return uuid
+        return None
+
+    def read(self, max_bytes: int = CHUNK_BYTES) -> list[Entry]:
+        """The next committed entries, about `max_bytes` of them; empty when there are none."""
+        if self._fd < 0 and not self._open_first():
+            return []
+        while True:
+            indexes = segment_indexes(self._disk, self.directory)
+            later = [i for i in indexes if i > self._index]
+            entries = self._read_here(max_bytes, sealed=bool(later))
+            if entries or not later:
+                return entries
+            if self._disk.size(self._fd) > self._at:
+                return []  # a stretch without whole entries: wait or skip on the next poll
+            self._open(later[0])
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            self._disk.close(self._fd)
+            self._fd = -1
+
+    def _open_first(self) -> bool:
+        """Start in the last segment whose first entry is not beyond what is wanted."""
+        chosen = 0
+        for index in segment_indexes(self._disk, self.directory):
+            fd = self._disk.open_read(segment_path(self.directory, index))
+            head = self._disk.pread(fd, HEADER_BYTES, 0)
+            self._disk.close(fd)
+            if chosen and (len(head) < HEADER_BYTES or HEADER.unpack(head)[2] > self._after + 1):
+                break
+            chosen = index
+        if chosen:
+            self._open(chosen)
+        return chosen > 0
+
+    def _open(self, index: int) -> None:
+        self.close()
+        self._fd = self._disk.open_read(segment_path(self.directory, index))
+        self._index, self._at = index, 0
+
+    def _read_here(self, max_bytes: int, sealed: bool) -> list[Entry]:
+        size = self._disk.size(self._fd) - self._at
+        if size <= 0:
+            return []
+        buf = self._disk.pread(self._fd, min(size, max_bytes), self._at)
+        entries, good, bad = self._parse(buf, sealed and len(buf) == size)
+        if good == 0 and not bad and len(buf) < size:
+            return self._read_here(max_bytes * 2, sealed)
+        self._at += good
+        if bad and not entries:
+            return self._skip_damage(sealed)
+        return entries
+
+    def _parse(self, buf: bytes, sealed: bool) -> tuple[list[Entry], int, bool]:
+        """(committed entries, bytes they end at, whether what follows is no whole record)."""
+        view = memoryview(buf)
+        entries: list[Entry] = []
+        kept = good = at = 0
+        end = len(buf)
+        while (head := read_head(view, at, end)) is not None:
+            at += head.size
+            if head.kind == Kind.MARK or head.kind == Kind.TABLE:
+                kept, good = len(entries), at
+            elif head.seq > self._after:
+                stop = at - (head.flags & PAD_MASK)
+                entries.append(Entry(head.seq, head.kind, view[head.at + HEADER_BYTES : stop]))
+        if sealed and at == end:
+            kept, good = len(entries), at
+        del entries[kept:]
+        if entries:
+            self._after = entries[-1].seq
+        whole = end - at < HEADER_BYTES or HEADER.unpack_from(view, at)[1] > end - at
+        return entries, good, at < end and not whole
+
+    def _skip_damage(self, sealed: bool) -> list[Entry]:
+        """Tell a record that is being written from one that will never be whole, and step over
+        the latter: what stands after it and is committed still counts."""
+        at, polls = self._stuck
+        self._stuck = (self._at, polls + 1 if at == self._at else 1)
+        if not sealed and self._stuck[1] < DAMAGE_POLLS:
+            return []
+        buf, found = scan_segment(self._disk, self.directory, self._index, JOURNAL_KINDS)
+        marks = [h.at + h.size for h in found.heads if h.kind == Kind.MARK]
+        good = len(buf) if sealed else max(marks, default=0)
+        if good <= self._at:
+            return []
+        path = segment_path(self.directory, self._index)
+        for start, end in found.damage:
+            if self._at <= start < good:
+                self.damage.append(f"{path}: bytes {start} to {end} are not readable")
+        entries = [
+            Entry(h.seq, h.kind, memoryview(buf)[h.body])
+            for h in found.heads
+            if h.at < good and h.seq > self._after and h.kind not in (Kind.MARK, Kind.TABLE)
+        ]
+        self._at = good
+        if entries:
+            self._after = entries[-1].seq
+        return entries

@@ -1,0 +1,218 @@
+"""Appending to a run's journal: entries are buffered, a commit makes them durable, a mark says so.
+
+Used by the ingest thread alone, and by the simulator: storage is passed in, time comes with each
+entry.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from rank_client.wire.disk import Disk
+from rank_client.wire.frames import DATA_HEAD
+from rank_client.wire.records import (
+    HEADER_BYTES,
+    Head,
+    Kind,
+    Scan,
+    pack,
+    pack_map,
+    unpack_map,
+)
+from rank_client.wire.segments import (
+    JOURNAL_KINDS,
+    JOURNAL_SEGMENT_BYTES,
+    SegmentLog,
+    scan_segment,
+    segment_indexes,
+    segment_path,
+)
+
+RECEIVED = struct.Struct("<q")
+RECEIVED_BYTES = RECEIVED.size
+_MARK_BODY = b""
+
+
+class JournalDamaged(Exception):
+    """A journal that cannot be appended to safely; the text says which file and what to do."""
+
+
+@dataclass(slots=True)
+class Mark:
+    """How far one stream is stored: the whole of the dedupe state."""
+
+    high_water: int = 0
+    ended: bool = False
+
+
+class Journal:
+    """The writing end of one run's journal.
+
+    `seq` is the last entry given a number, `durable_seq` the last on disk. `streams` holds each
+    stream's high water, entries not yet committed included.
+    """
+
+    def __init__(
+        self,
+        disk: Disk,
+        directory: str,
+        uuid: bytes,
+        segment_bytes: int = JOURNAL_SEGMENT_BYTES,
+    ) -> None:
+        """Open or make the journal in `directory`; `uuid` names it if it is new.
+
+        Recovery keeps every whole entry of the newest segments and cuts a torn tail. Raises
+        JournalDamaged, OSError.
+        """
+        self.uuid = uuid
+        self.seq = 0
+        self.durable_seq = 0
+        self.received_ns = 0
+        self.streams: dict[bytes, Mark] = {}
+        self.pending_bytes = 0
+        self.damage: list[str] = []
+        self._disk = disk
+        self._pending: list[bytes] = []
+        self._marked_seq = 0
+        self._log = SegmentLog(disk, directory, self._opening, segment_bytes)
+        disk.make_dir(directory)
+        indexes = segment_indexes(disk, directory)
+        if indexes:
+            self._recover(directory, indexes)
+        else:
+            self._log.start(1)
+            self._log.sync()
+            disk.sync_dir(directory)
+
+    # --- appending -------------------------------------------------------------------------------
+
+    def append_map(self, kind: Kind, now_ns: int, body: dict[str, Any]) -> int:
+        """Buffer an entry other than a batch; its `r` is the time it was received."""
+        self.seq += 1
+        self.received_ns = max(self.received_ns, now_ns)
+        self._push(pack_map(kind, self.seq, {"r": self.received_ns, **body}))
+        return self.seq
+
+    def append_batch(self, now_ns: int, frame: bytes) -> None:
+        """Buffer a DATA frame verbatim; the caller has checked that it follows what is stored."""
+        self.seq += 1
+        if now_ns > self.received_ns:
+            self.received_ns = now_ns
+        self._push(pack(Kind.BATCH, self.seq, RECEIVED.pack(self.received_ns) + frame))
+
+    def _push(self, record: bytes) -> None:
+        self._pending.append(record)
+        self.pending_bytes += len(record)
+
+    def commit(self) -> None:
+        """Bring everything buffered to the disk. Raises OSError, and then nothing is durable
+        that was not before: the caller must not acknowledge."""
+        if not self._pending:
+            return
+        if self._log.full:
+            self._roll()
+        data = b"".join(self._pending)
+        if self._marked_seq < self.durable_seq:
+            data = self._mark() + data
+        self._log.append(data)
+        self._log.sync()
+        self._pending.clear()
+        self.pending_bytes = 0
+        self._marked_seq, self.durable_seq = self.durable_seq, self.seq
+
+    def mark(self) -> None:
+        """When idle: tell the readers of the last commit, which no next write will tell them."""
+        if self._marked_seq < self.durable_seq:
+            self._log.append(self._mark())
+            self._marked_seq = self.durable_seq
+
+    def drop_pending(self) -> None:
+        """After a commit failed for want of space: forget what is not on disk. The streams send
+        it again, as they were not acknowledged."""
+        self._pending.clear()
+        self.pending_bytes = 0
+        self.seq = self.durable_seq
+
+    def close(self) -> None:
+        self._log.close()
+
+    def _mark(self) -> bytes:
+        return pack(Kind.MARK, self.durable_seq, _MARK_BODY)
+
+    def _opening(self) -> list[bytes]:
+        table = {
+            "uuid": self.uuid,
+            "r": self.received_ns,
+            "streams": [[s, m.high_water, m.ended] for s, m in self.streams.items()],
+        }
+        return [pack_map(Kind.TABLE, self.durable_seq + 1, table)]
+
+    def _roll(self) -> None:
+        self.mark()
+        before = self._log.start(self._log.index + 1)
+        self._disk.sync(before)
+        self._disk.close(before)
+        self._log.sync()
+        self._disk.sync_dir(self._log.directory)
+
+    # --- recovery --------------------------------------------------------------------------------
+
+    def _recover(self, directory: str, indexes: list[int]) -> None:
+        """Start from the newest segment whose table is whole, read on to the end."""
+        scans: list[tuple[int, bytes, Scan]] = []
+        for index in reversed(indexes):
+            buf, found = scan_segment(self._disk, directory, index, JOURNAL_KINDS)
+            scans.insert(0, (index, buf, found))
+            if found.heads and found.heads[0].kind == Kind.TABLE:
+                break
+        else:
+            raise JournalDamaged(
+                f"no segment in {directory} starts with a readable table. Move the directory away "
+                "to start a new journal; the ranks send again what they keep"
+            )
+        for index, buf, found in scans:
+            for head in found.heads:
+                self._replay(head, buf)
+            last = index == indexes[-1]
+            for start, end in found.damage:
+                if not (last and end == len(buf)):
+                    path = segment_path(directory, index)
+                    self.damage.append(f"{path}: bytes {start} to {end} are not readable")
+        index, buf, found = scans[-1]
+        tail = found.damage[-1] if found.damage else None
+        size = tail[0] if tail and tail[1] == len(buf) else len(buf)
+        self._log.resume(index, size)
+        if size == 0:  # a crash between making a segment and writing its table
+            self._log.append(b"".join(self._opening()))
+        self._log.sync()
+        self.durable_seq = self.seq
+        self._marked_seq = -1
+        self.mark()
+
+    def _replay(self, head: Head, buf: bytes) -> None:
+        if head.kind == Kind.MARK:
+            return
+        if head.kind == Kind.BATCH:
+            at = head.at + HEADER_BYTES + RECEIVED_BYTES
+            _, _, _, _, _, stream, first, n, _ = DATA_HEAD.unpack_from(buf, at)
+            self.streams.setdefault(stream, Mark()).high_water = first + n - 1
+            (received,) = RECEIVED.unpack_from(buf, head.at + HEADER_BYTES)
+        else:
+            body = unpack_map(buf[head.body])
+            received = body.get("r", 0)
+            self._replay_map(head.kind, body)
+        self.received_ns = max(self.received_ns, received)
+        self.seq = head.seq if head.kind != Kind.TABLE else head.seq - 1
+
+    def _replay_map(self, kind: int, body: dict[str, Any]) -> None:
+        if kind == Kind.TABLE:
+            self.uuid = body["uuid"]
+            self.streams = {s: Mark(high, ended) for s, high, ended in body["streams"]}
+        elif kind == Kind.OPEN:
+            self.streams.setdefault(body["stream"], Mark())
+        elif kind == Kind.GAP:
+            self.streams.setdefault(body["stream"], Mark()).high_water = body["to"]
+        elif kind == Kind.BYE:
+            self.streams.setdefault(body["stream"], Mark()).ended = True

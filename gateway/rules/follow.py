@@ -1,0 +1,123 @@
+"""The rules' process: follows the journals of a data directory and keeps each run's series.db."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from pathlib import Path
+
+from rank_client.wire.disk import OsDisk
+
+from ..journal.reader import JournalReader
+from ..series.writer import Series
+
+POLL_SECONDS = 0.02
+LOOK_SECONDS = 0.5  #: how often new runs are looked for
+FETCH_BYTES = 8 << 20
+IDLE_SECONDS = 30.0  #: a run without news for so long is closed; it is opened again on news
+
+log = logging.getLogger("rankgate.rules")
+
+
+class Follower:
+    """One run: its journal's reader and its series' writer."""
+
+    def __init__(self, run_dir: Path) -> None:
+        """Raises FileNotFoundError while there is no journal to follow."""
+        self.run_dir = run_dir
+        reader = JournalReader(OsDisk(), str(run_dir / "journal"))
+        journal = reader.uuid()
+        if journal is None:
+            raise FileNotFoundError(run_dir / "journal")
+        self.series = Series(run_dir / "series.db", journal)
+        self.reader = JournalReader(OsDisk(), str(run_dir / "journal"), self.series.cursor)
+        self.news_at = time.monotonic()
+        self._told = 0
+
+    def step(self) -> bool:
+        """Project what was committed since; True when there was something."""
+        entries = self.reader.read(FETCH_BYTES)
+        for text in self.reader.damage[self._told :]:
+            log.error("%s; the good entries are kept", text)
+        self._told = len(self.reader.damage)
+        if not entries:
+            return False
+        self.series.apply(self.series.projection.take(entries))
+        self.news_at = time.monotonic()
+        return True
+
+    def close(self) -> None:
+        self.reader.close()
+        self.series.close()
+
+
+def _mtime(run_dir: Path) -> int:
+    """Changes whenever a journal grows or gets a new segment."""
+    journal = run_dir / "journal"
+    try:
+        newest = max(os.scandir(journal), key=lambda e: e.name)
+        return newest.stat().st_mtime_ns
+    except (OSError, ValueError):
+        return 0
+
+
+class Rules:
+    """All runs of a data directory."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._open: dict[str, Follower] = {}
+        self._seen: dict[str, int] = {}
+
+    def look(self) -> None:
+        """Open the runs with news, close those without for long."""
+        runs = self._root / "runs"
+        names = os.listdir(runs) if runs.is_dir() else []
+        for name in names:
+            changed = _mtime(runs / name)
+            if name not in self._open and changed and self._seen.get(name) != changed:
+                self._seen[name] = changed
+                try:
+                    self._open[name] = Follower(runs / name)
+                except FileNotFoundError:
+                    del self._seen[name]
+        now = time.monotonic()
+        for name, follower in list(self._open.items()):
+            if now - follower.news_at > IDLE_SECONDS:
+                self._seen[name] = _mtime(runs / name)
+                if not follower.step():
+                    follower.close()
+                    del self._open[name]
+
+    def step(self) -> bool:
+        return any([follower.step() for follower in self._open.values()])
+
+
+def follow(root: Path) -> None:
+    """Run until SIGTERM or until the parent is gone."""
+    stopping: list[int] = []
+    signal.signal(signal.SIGTERM, lambda s, _f: stopping.append(s))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = os.getppid()
+    rules = Rules(root)
+    look_at = 0.0
+    while not stopping and os.getppid() == parent:
+        now = time.monotonic()
+        if now >= look_at:
+            look_at = now + LOOK_SECONDS
+            rules.look()
+        if not rules.step():
+            time.sleep(POLL_SECONDS)
+
+
+def rebuild(run_dir: Path) -> int:
+    """Project everything a run's journal holds, now; the cursor it ends at."""
+    follower = Follower(run_dir)
+    try:
+        while follower.step():
+            pass
+        return follower.series.cursor
+    finally:
+        follower.close()

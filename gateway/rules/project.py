@@ -1,0 +1,558 @@
+"""The projection: journal entries in, changes to the series out. Pure and deterministic.
+
+A fetch of entries is taken at once: the rows of frames that hold one schema only are split with
+numpy, all of them together; everything else is walked record by record.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import numpy.typing as npt
+
+from rank_client.wire.frames import DATA_HEAD, DATA_HEAD_BYTES
+from rank_client.wire.records import (
+    HEADER_BYTES,
+    ROW_HEAD_BYTES,
+    UNNUMBERED,
+    BadRecord,
+    Head,
+    Kind,
+    Schema,
+    column_type_of,
+    pack,
+    schema_of,
+    unpack_map,
+    walk,
+)
+
+from .gate import Gate
+from .generations import Generations
+
+ITEM_KINDS = {
+    Kind.TEXT: "text",
+    Kind.PARAMS: "params",
+    Kind.SUMMARY: "summary",
+    Kind.MEDIA: "media",
+}
+LOST_AFTER_NS = 60 * 10**9
+QUIET_NS = 15 * 10**9  #: how long a stream was unheard when a tick calls it quiet
+TAIL_HEAD_COLUMNS = 4  #: a tail row: stream, seq, step, wall, then the values, 8 bytes each
+
+_HEAD = struct.Struct("<IIQBBHI")
+_STEP_WALL = struct.Struct("<qq")
+_RECEIVED = struct.Struct("<q")
+_U64 = np.dtype("<u8")
+
+
+@dataclass(slots=True, eq=False)
+class Stream:
+    """One life of one process, as far as the journal tells."""
+
+    index: int
+    id: bytes
+    hello: dict[str, Any]
+    generation: int
+    rank: int
+    kind: str
+    last_seq: int = 0
+    stored: int = 0
+    projected: int = 0
+    control: int = 0
+    quarantined: int = 0
+    gaps: int = 0
+    refused: int = 0
+    status: str = ""  #: how its END record says it ended
+    text: str = ""
+    bye: bool = False
+    ended_ns: int = 0
+    quiet_ns: int = 0  #: since when nothing was heard, 0 while it is
+    last_step: int = -1
+    last_wall_ns: int = 0
+    layouts: dict[int, Layout] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """How one stream's schema lies in its key set. `take` is None where the order is the same."""
+
+    schema: int
+    keyset: int
+    row_bytes: int
+    take: npt.NDArray[np.int64] | None
+    columns: tuple[tuple[str, str], ...]
+
+
+@dataclass(slots=True)
+class Piece:
+    """Rows of one frame and one schema, in order."""
+
+    position: int
+    entry: int
+    stream: Stream
+    layout: Layout
+    first: int
+    n: int
+    data: bytes | memoryview
+
+
+@dataclass(slots=True)
+class Changes:
+    """What one fetch adds; tables and columns as in series/schema.sql."""
+
+    cursor: int = 0
+    keys: list[tuple[int, str, str]] = field(default_factory=list)
+    keysets: list[tuple[int, bytes]] = field(default_factory=list)
+    layouts: list[tuple[int, int, int, bytes]] = field(default_factory=list)
+    rows: list[tuple[int, npt.NDArray[np.uint64]]] = field(default_factory=list)
+    texts: list[tuple[Any, ...]] = field(default_factory=list)
+    maps: list[tuple[Any, ...]] = field(default_factory=list)
+    media: list[tuple[Any, ...]] = field(default_factory=list)
+    blobs: list[tuple[str, int, int, int]] = field(default_factory=list)
+    lost_media: list[tuple[str, int, int]] = field(default_factory=list)
+    losses: list[tuple[Any, ...]] = field(default_factory=list)
+    quarantine: list[tuple[Any, ...]] = field(default_factory=list)
+    feed: list[tuple[Any, ...]] = field(default_factory=list)
+    streams: dict[int, Stream] = field(default_factory=dict)  #: new or changed
+
+
+class Projection:
+    """The state of a run's projection between fetches. `take` is its one verb."""
+
+    def __init__(self) -> None:
+        self.streams: dict[bytes, Stream] = {}
+        self.keys: dict[tuple[str, str], int] = {}
+        self.keysets: dict[tuple[tuple[str, str], ...], int] = {}
+        self.generations = Generations()
+        self.gate = Gate()
+        self.counters: dict[str, int] = {}
+        self.media_wanted: dict[tuple[int, int], tuple[int, str]] = {}  # no blob yet
+        self.launchers: dict[str, int] = {}  #: launch → exit code of its launcher
+        self.duplicates = 0
+        self.now_ns = 0
+        self._takes: dict[tuple[int, ...], npt.NDArray[np.int64]] = {}
+        self._changes = Changes()
+        self._pieces: dict[int, list[Piece]] = {}
+        self._position = 0
+        self._feed: list[tuple[int, tuple[Any, ...]]] = []
+
+    # --- entries ---------------------------------------------------------------------------------
+
+    def take(self, entries: Iterable[tuple[int, int, memoryview]]) -> Changes:
+        """Project committed entries that follow those taken before."""
+        self._changes = changes = Changes()
+        self._pieces, self._position, self._feed = {}, 0, []
+        for seq, kind, body in entries:
+            changes.cursor = seq
+            if kind == Kind.BATCH:
+                self._batch(seq, body)
+            else:
+                self._event(seq, kind, body)
+        for keyset, pieces in self._pieces.items():
+            self._rows(keyset, pieces)
+        self._feed.sort(key=lambda f: f[0])
+        changes.feed = [entry for _, entry in self._feed]
+        return changes
+
+    def _event(self, seq: int, kind: int, packed: memoryview) -> None:
+        try:
+            body = unpack_map(bytes(packed))
+        except BadRecord:
+            self._count("unreadable journal entries")
+            return
+        self.now_ns = max(self.now_ns, body.get("r", 0))
+        if kind == Kind.OPEN:
+            self._open(body)
+            return
+        if kind == Kind.RULES:
+            self.gate = Gate.from_maps(body["rules"])
+            return
+        if kind == Kind.TICK:
+            self._tick(body)
+            return
+        stream = self.streams.get(body.get("stream", b""))
+        if stream is None:
+            self._count("journal entries of an unknown stream")
+            return
+        if kind == Kind.GAP:
+            self._gap(stream, body["from"], body["to"], "numbers its process no longer has")
+        elif kind == Kind.BYE:
+            stream.bye = True
+            stream.ended_ns = stream.ended_ns or body["r"]
+            self._touch(stream)
+        elif kind == Kind.BLOB:
+            self._blob(seq, stream, body)
+
+    def _open(self, body: dict[str, Any]) -> None:
+        hello = {**body["hello"], "stream": body["stream"]}
+        kind = str(hello.get("kind", "live"))
+        rank = hello.get("rank")
+        stream = Stream(
+            index=len(self.streams),
+            id=body["stream"],
+            hello=hello,
+            generation=self.generations.place(hello) if kind != "tool" else -1,
+            rank=rank if isinstance(rank, int) else -1,
+            kind=kind,
+        )
+        self.streams[stream.id] = stream
+        self._touch(stream)
+
+    def _tick(self, body: dict[str, Any]) -> None:
+        self.duplicates = max(self.duplicates, body.get("dup", 0))
+        for name, value in (("quiet", self.now_ns - QUIET_NS), ("back", 0)):
+            for id_ in body.get(name, ()):
+                stream = self.streams.get(id_)
+                if stream is not None:
+                    stream.quiet_ns = value
+                    self._touch(stream)
+
+    def _gap(self, stream: Stream, first: int, last: int, reason: str) -> None:
+        stream.gaps += last - first + 1
+        stream.last_seq = last
+        self._changes.losses.append((stream.index, first, last, last - first + 1, reason))
+        self._touch(stream)
+
+    def _blob(self, entry: int, stream: Stream, body: dict[str, Any]) -> None:
+        """A file's last byte: only now may a sink see it."""
+        key = (stream.index, body["media"])
+        row = self.media_wanted.pop(key, None)
+        if row is None:
+            return  # told twice, as a sender may not hear our answer
+        id_, rule = row
+        self._changes.blobs.append((body["sha256"], body["size"], *key))
+        if rule:
+            feed = (entry, "media", id_, stream.index, body["media"], body["media"], rule)
+            self._feed.append((self._next(), feed))
+
+    def _touch(self, stream: Stream) -> None:
+        self._changes.streams[stream.index] = stream
+
+    def _next(self) -> int:
+        self._position += 1
+        return self._position
+
+    def _count(self, name: str, n: int = 1) -> None:
+        self.counters[name] = self.counters.get(name, 0) + n
+
+    # --- batches ---------------------------------------------------------------------------------
+
+    def _batch(self, entry: int, body: memoryview) -> None:
+        _, _, _, _, _, id_, first, n, _ = DATA_HEAD.unpack_from(body, 8)
+        (self.now_ns,) = _RECEIVED.unpack_from(body)
+        stream = self.streams.get(id_)
+        records = body[8 + DATA_HEAD_BYTES :]
+        if stream is None:
+            self._quarantine(entry, None, first, n, "a stream that was never opened")
+            return
+        if first != stream.last_seq + 1:
+            # Only a damaged journal has such a hole: ingest accepts no other number.
+            self._gap(stream, stream.last_seq + 1, first - 1, "not readable in the journal")
+        stream.last_seq = first + n - 1
+        stream.stored += n
+        stream.quiet_ns = 0
+        self._touch(stream)
+        if len(records) >= HEADER_BYTES:
+            _, size, _, kind, _, schema, _ = _HEAD.unpack_from(records)
+            layout = stream.layouts.get(schema)
+            if (
+                kind == Kind.ROW
+                and layout is not None
+                and size == layout.row_bytes
+                and len(records) == n * size
+            ):
+                self._add_piece(entry, stream, layout, first, n, records)
+                return
+        self._walk(entry, stream, first, n, records)
+
+    def _walk(
+        self, entry: int, stream: Stream, first: int, n: int, records: memoryview
+    ) -> None:
+        """Record by record; a frame whose chain is not what it says is quarantined whole."""
+        heads = list(walk(records))
+        end = heads[-1].at + heads[-1].size if heads else 0
+        numbered = [h.seq for h in heads if h.kind not in UNNUMBERED]
+        if end != len(records) or numbered != list(range(first, first + n)):
+            self._quarantine(entry, stream, first, n, "its records are not the ones it announced")
+            return
+        run: list[Head] = []
+        for head in heads:
+            if run and (head.kind != Kind.ROW or head.schema != run[-1].schema):
+                self._row_run(entry, stream, run, records)
+                run = []
+            if head.kind == Kind.ROW:
+                run.append(head)
+            elif head.kind == Kind.SCHEMA:
+                self._schema(entry, stream, head, records)
+            elif head.kind != Kind.HEAD:
+                self._record(entry, stream, head, records)
+        if run:
+            self._row_run(entry, stream, run, records)
+
+    def _row_run(
+        self, entry: int, stream: Stream, run: list[Head], records: memoryview
+    ) -> None:
+        """Consecutive rows of one schema."""
+        layout = stream.layouts.get(run[0].schema)
+        if layout is None or any(h.size != layout.row_bytes for h in run):
+            self._quarantine(entry, stream, run[0].seq, len(run), "a row without its schema")
+            return
+        data = records[run[0].at : run[-1].at + run[-1].size]
+        if len(data) != len(run) * layout.row_bytes:
+            data = memoryview(b"".join(records[h.at : h.at + h.size] for h in run))
+        self._add_piece(entry, stream, layout, run[0].seq, len(run), data)
+
+    def _add_piece(
+        self,
+        entry: int,
+        stream: Stream,
+        layout: Layout,
+        first: int,
+        n: int,
+        data: bytes | memoryview,
+    ) -> None:
+        piece = Piece(self._next(), entry, stream, layout, first, n, data)
+        self._pieces.setdefault(layout.keyset, []).append(piece)
+
+    def _schema(self, entry: int, stream: Stream, head: Head, records: memoryview) -> None:
+        try:
+            schema = schema_of(head, records)
+        except BadRecord as error:
+            self._quarantine(entry, stream, head.seq, 0, f"a schema: {error}")
+            return
+        known = stream.layouts.get(schema.id)
+        if known is None:
+            layout = self._layout(schema)
+            stream.layouts[schema.id] = layout
+            take = b"" if layout.take is None else layout.take.tobytes()
+            self._changes.layouts.append((stream.index, schema.id, layout.keyset, take))
+        elif known.columns != tuple(zip(schema.keys, schema.types, strict=True)):
+            self._quarantine(entry, stream, head.seq, 0, "a schema id used for two schemas")
+
+    def _layout(self, schema: Schema) -> Layout:
+        columns = tuple(zip(schema.keys, schema.types, strict=True))
+        ordered = tuple(sorted(columns))
+        order = [columns.index(c) for c in ordered]
+        same = order == list(range(len(order)))
+        return Layout(
+            schema.id,
+            self._keyset(ordered),
+            schema.row_bytes,
+            None if same else self.take_of(tuple(order)),
+            columns,
+        )
+
+    def take_of(self, order: tuple[int, ...]) -> npt.NDArray[np.int64]:
+        """One array object per column order, so that `is` tells whether two streams agree."""
+        return self._takes.setdefault(order, np.array(order, np.int64))
+
+    def _keyset(self, columns: tuple[tuple[str, str], ...]) -> int:
+        """Intern a sorted set of (key, type); ids follow the order of first appearance."""
+        found = self.keysets.get(columns)
+        if found is not None:
+            return found
+        ids = []
+        for column in columns:
+            if column not in self.keys:
+                self.keys[column] = len(self.keys) + 1
+                self._changes.keys.append((self.keys[column], *column))
+            ids.append(self.keys[column])
+        found = self.keysets[columns] = len(self.keysets) + 1
+        self._changes.keysets.append((found, np.array(ids, "<u4").tobytes()))
+        return found
+
+    # --- rows ------------------------------------------------------------------------------------
+
+    def _rows(self, keyset: int, pieces: list[Piece]) -> None:
+        """All rows of a fetch under one key set, split at once, in journal order."""
+        blocks: list[npt.NDArray[np.uint64]] = []
+        good: list[Piece] = []
+        for block in _blocks(pieces):
+            rows = _split(block)
+            if rows is None:
+                block = [p for p in block if self._whole(p)]
+                rows = _split(block) if block else None
+            if rows is not None:
+                blocks.append(rows)
+                good.extend(block)
+        if good:
+            all_rows = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+            self._changes.rows.append((keyset, all_rows))
+        for piece in good:
+            self._account_rows(keyset, piece)
+
+    def _whole(self, piece: Piece) -> bool:
+        """Does a frame hold the rows it announced, each with its checksum? Else it is
+        quarantined whole."""
+        if _split([piece]) is not None:
+            return True
+        reason = "its records are not the ones it announced"
+        self._quarantine(piece.entry, piece.stream, piece.first, piece.n, reason)
+        return False
+
+    def _account_rows(self, keyset: int, piece: Piece) -> None:
+        stream, n = piece.stream, piece.n
+        at = (n - 1) * piece.layout.row_bytes + HEADER_BYTES
+        stream.last_step, stream.last_wall_ns = _STEP_WALL.unpack_from(piece.data, at)
+        stream.projected += n
+        rule = self._gated("metric", stream.rank, n * len(piece.layout.columns))
+        if rule:
+            last = piece.first + n - 1
+            ref = (piece.entry, "rows", keyset, stream.index, piece.first, last, rule)
+            self._feed.append((piece.position, ref))
+
+    def _gated(self, kind: str, rank: int, items: int) -> str:
+        """Count items as passed or held; the rule's name if they pass."""
+        rule, passes = self.gate.decide(kind, rank)
+        self._count(f"passed {kind}" if passes else f"held {kind} {rule}", items)
+        return rule if passes else ""
+
+    # --- other records -----------------------------------------------------------------------------
+
+    def _record(self, entry: int, stream: Stream, head: Head, records: memoryview) -> None:
+        try:
+            body = unpack_map(bytes(records[head.body]))
+        except BadRecord as error:
+            self._quarantine(entry, stream, head.seq, 1, str(error))
+            return
+        try:
+            if head.kind == Kind.KV:
+                self._kv(entry, stream, head.seq, body)
+                return  # counted with the rows
+            if head.kind in ITEM_KINDS:
+                self._item(entry, stream, head, body)
+            else:
+                self._control(stream, head, body)
+                stream.control += 1
+                return
+        except (KeyError, TypeError, ValueError, OverflowError, struct.error) as error:
+            self._quarantine(entry, stream, head.seq, 1, f"a field: {type(error).__name__}")
+            return
+        stream.projected += 1
+
+    def _kv(self, entry: int, stream: Stream, seq: int, body: dict[str, Any]) -> None:
+        values = sorted(((k, column_type_of(v)), v) for k, v in body["v"].items())
+        columns = tuple(c for c, _ in values)
+        codes = "".join("d" if t == "f8" else "q" for _, t in columns)
+        packed = struct.pack(f"<qqq{codes}", body["s"], body["w"], 0, *(v for _, v in values))
+        row = pack(Kind.ROW, seq, packed)
+        layout = Layout(0, self._keyset(columns), len(row), None, columns)
+        self._add_piece(entry, stream, layout, seq, 1, row)
+
+    def _item(self, entry: int, stream: Stream, head: Head, body: dict[str, Any]) -> None:
+        kind, where = ITEM_KINDS[Kind(head.kind)], (stream.index, head.seq, int(body["w"]))
+        step = body.get("s")
+        if kind == "text":
+            row = (*where, step, str(body["l"]), str(body["t"]))
+            self._changes.texts.append(row)
+        elif kind == "media":
+            name = (str(body["what"]), str(body["key"]), str(body["name"]))
+            row = (*where, step, *name, body.get("meta") or {})
+            self._changes.media.append(row)
+        else:
+            self._changes.maps.append((kind, *where, dict(body["v"])))
+        rule = self._gated(kind, stream.rank, 1)
+        if kind == "media":
+            # It enters the feed when its bytes are here.
+            self.media_wanted[stream.index, head.seq] = (0, rule)
+        elif rule:
+            feed = (entry, kind, 0, stream.index, head.seq, head.seq, rule)
+            self._feed.append((self._next(), feed))
+
+    def _control(self, stream: Stream, head: Head, body: dict[str, Any]) -> None:
+        if head.kind == Kind.LOSS:
+            reason = str(body.get("reason", "unknown"))
+            n = int(body.get("n", 0))
+            stream.refused += n
+            self._changes.losses.append((stream.index, head.seq, head.seq, n, reason))
+            wanted = self.media_wanted.pop((stream.index, body.get("media", -1)), None)
+            if wanted is not None:
+                self._changes.lost_media.append((reason, stream.index, body["media"]))
+                if wanted[1]:
+                    self._count("passed media", -1)
+                    self._count("lost media")
+        elif head.kind == Kind.END:
+            stream.status = str(body.get("status", ""))[:32]
+            stream.text = str(body.get("text", ""))
+            stream.ended_ns = int(body.get("w", 0))
+            if stream.kind == "tool" and isinstance(body.get("code"), int):
+                self.launchers[str(stream.hello.get("launch", ""))] = body["code"]
+        else:
+            self._count("records of an unknown kind")
+
+    def _quarantine(
+        self, entry: int, stream: Stream | None, first: int, n: int, reason: str
+    ) -> None:
+        if stream is not None:
+            stream.quarantined += n
+            self._touch(stream)
+        index = None if stream is None else stream.index
+        self._changes.quarantine.append((entry, index, first, n, reason))
+
+    # --- the run's state -----------------------------------------------------------------------------
+
+    def state(self) -> tuple[str, str]:
+        """(running | completed | failed | lost, why); a new generation reopens a run."""
+        if not self.generations.order:
+            return "running", ""
+        newest = self.generations.order[-1]
+        streams = [
+            s for s in self.streams.values() if s.generation == newest.id and s.kind != "tool"
+        ]
+        for stream in streams:
+            if stream.status == "failed":
+                return "failed", f"rank {stream.rank}: {stream.text or 'failed'}"
+        code = self.launchers.get(newest.launch)
+        if code:
+            return "failed", f"the launcher exited with {code}"
+        ended = {s.rank for s in streams if s.status or s.bye}
+        if code == 0 or len(ended) >= max(1, newest.world_size):
+            return "completed", ""
+        waiting = [s for s in streams if not (s.status or s.bye)]
+        if all(s.quiet_ns and self.now_ns - s.quiet_ns >= LOST_AFTER_NS for s in waiting):
+            return "lost", "no rank was heard for 60 s"
+        return "running", ""
+
+
+def _blocks(pieces: list[Piece]) -> Iterable[list[Piece]]:
+    """Stretches of pieces whose columns lie in the same order, under the same schema id."""
+    start = 0
+    for end in range(1, len(pieces) + 1):
+        if end < len(pieces):
+            here, there = pieces[end].layout, pieces[start].layout
+            if here.take is there.take and here.schema == there.schema:
+                continue
+        yield pieces[start:end]
+        start = end
+
+
+def _split(pieces: list[Piece]) -> npt.NDArray[np.uint64] | None:
+    """Record rows as tail rows, (n, 4 + columns) of 8 bytes each; None when a record is not
+    what its frame announced."""
+    layout = pieces[0].layout
+    size = layout.row_bytes
+    data = memoryview(pieces[0].data if len(pieces) == 1 else b"".join(p.data for p in pieces))
+    raw = np.frombuffer(data, _U64).reshape(-1, size // 8)
+    counts = [p.n for p in pieces]
+    ends = np.cumsum(counts)
+    starts = np.repeat([p.first for p in pieces] - (ends - counts), counts)
+    checks = [crc32(data[at + 4 : at + size]) for at in range(0, len(data), size)]
+    if not (
+        np.array_equal(raw[:, 0], np.array(checks, _U64) | _U64.type(size << 32))
+        and np.array_equal(raw[:, 1], (starts + np.arange(len(raw))).astype(_U64))
+        and bool((raw[:, 2] == _U64.type(int(Kind.ROW) | layout.schema << 16)).all())
+    ):
+        return None
+    first = (HEADER_BYTES + ROW_HEAD_BYTES) // 8
+    values = raw[:, first:]
+    rows = np.empty((len(raw), TAIL_HEAD_COLUMNS + values.shape[1]), _U64)
+    rows[:, 0] = np.repeat([p.stream.index for p in pieces], counts)
+    rows[:, 1] = raw[:, 1]
+    rows[:, 2:4] = raw[:, 3:5]
+    rows[:, 4:] = values if layout.take is None else values[:, layout.take]
+    return rows

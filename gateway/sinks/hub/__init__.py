@@ -1,0 +1,1 @@
+"""HUB in two protocols: the retired one (legacy) and Ultralytics Platform (platform)."""

@@ -1,0 +1,23 @@
+"""The `[sinks.hub]` table. Keys and addresses are the vendor's variables, never in here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+
+class HubConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """Settings of the HUB sink.
+
+    Read from the environment instead: `ULTRALYTICS_API_KEY` (legacy also `HUB_API_KEY`),
+    `ULTRALYTICS_PLATFORM_URL`, `ULTRALYTICS_HUB_API`.
+    """
+
+    mode: Literal["online", "offline"] = "online"  #: offline writes a request bundle
+    protocol: Literal["platform", "legacy"] = "platform"
+    project: str | None = None  #: platform only: "owner/project-slug"
+    #: between two checkpoints that are neither best nor final, on the ranks' clock; the newest one
+    #: held back goes out at the end
+    checkpoint_interval_seconds: float = 900.0
+    heartbeat_interval_seconds: float = 300.0  #: legacy only; beats go along with deliveries

@@ -1,0 +1,129 @@
+"""Where the gateway is, and starting one where there is none (one node only).
+
+A data directory has one gateway. Its socket is named by the hash of the directory's real path, so
+ranks find it without reading anything, and other directories and other users never meet it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+#: bytes of gateway.lock, each locked by one owner for as long as it lives
+LOCK_GATEWAY, LOCK_INGEST, LOCK_RULES, LOCK_STARTER = range(4)
+
+START_SECONDS = 10.0
+
+#: what a gateway must not inherit from the rank that happened to start it
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+_RANK_PREFIXES = ("TORCHELASTIC_", "CLEARML_PROC_", "TRAINS_PROC_", "OMPI_", "PMIX_", "CUDA_")
+
+
+def data_dir(environ: Mapping[str, str]) -> Path:
+    return Path(environ.get("RANKGATE_DIR") or ".rankgate").absolute()
+
+
+def socket_dir() -> Path:
+    """A directory of this user alone. Raises PermissionError when somebody else made it."""
+    uid = os.getuid()
+    runtime = Path(f"/run/user/{uid}")
+    directory = runtime if runtime.is_dir() else Path(f"/tmp/rankgate-{uid}")  # noqa: S108
+    directory.mkdir(mode=0o700, exist_ok=True)
+    info = directory.lstat()
+    if not stat.S_ISDIR(info.st_mode) or info.st_uid != uid or info.st_mode & 0o077:
+        raise PermissionError(
+            f"{directory} must be a directory of uid {uid} with mode 0700, as logs pass through "
+            f"it; remove it or run: chmod 700 {directory}"
+        )
+    return directory
+
+
+def ipc_address(directory: Path) -> str:
+    digest = hashlib.sha256(os.fsencode(os.path.realpath(directory))).hexdigest()[:20]
+    return f"ipc://{socket_dir()}/rankgate-{digest}"
+
+
+def locked(lock_file: Path, which: int) -> bool:
+    """Does some other process hold this byte of the lock file?"""
+    try:
+        fd = os.open(lock_file, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, which)
+    except OSError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a gateway: nothing that says `I am rank 3`."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name not in _RANK_VARIABLES and not name.startswith(_RANK_PREFIXES)
+    }
+
+
+def gateway_command(*arguments: str) -> list[str]:
+    """Runs the gateway with the current directory kept off the import path: a user's own
+    `gateway.py` beside the training script must not be taken for ours."""
+    code = (
+        "import sys; sys.path[:] = [p for p in sys.path if p]; "
+        "from gateway.__main__ import main; main()"
+    )
+    return [sys.executable, "-c", code, *arguments]
+
+
+def start_gateway(directory: Path, environ: Mapping[str, str]) -> bool:
+    """Start one detached, unless another process is just doing so. Raises OSError.
+
+    Elected by a lock on gateway.lock; the gateway takes its own byte of it, so that a start that
+    comes too late simply leaves.
+    """
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    lock_file = directory / "gateway.lock"
+    fd = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, LOCK_STARTER)
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, LOCK_GATEWAY)
+        fcntl.lockf(fd, fcntl.LOCK_UN, 1, LOCK_GATEWAY)
+        with (directory / "gateway.log").open("ab") as log:
+            process = subprocess.Popen(
+                gateway_command("serve", "--dir", str(directory), "--detached"),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                close_fds=True,
+                cwd="/",
+                env=clean_environment(environ),
+            )
+        _wait_until_held(process, fd)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _wait_until_held(process: subprocess.Popen[bytes], fd: int) -> None:
+    """Hold the election until the gateway has its own lock or is gone; at most 10 s."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+        try:
+            # The gateway tries for longer than this instant takes.
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, LOCK_GATEWAY)
+        except OSError:
+            return
+        fcntl.lockf(fd, fcntl.LOCK_UN, 1, LOCK_GATEWAY)

@@ -1,0 +1,536 @@
+"""`init` and `Run`: what a training script touches. Nothing here raises into it, or waits for it.
+
+A `Run` writes to its spool in the calling thread; a sender thread does the rest. In a forked
+child every method does nothing: the parent's stream is the parent's alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+import time
+import traceback
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from . import identity
+from .images import figure_bytes, image_maker, table_bytes
+from .link import Link
+from .media import INLINE_COPY_BYTES, MediaSender, copy_unchanged, snapshot
+from .rendezvous import data_dir, ipc_address
+from .rows import Rows
+from .sender import Sender, jitter, new_stream_id
+from .spool import Spool, spool_root
+from .values import clean_key, flatten, plain
+from .wire.records import Kind
+from .wire.session import ClientSession
+
+FINISH_SECONDS = 10.0  #: the most that `finish` or an exit may take
+ABSENT_SECONDS = 3.0  #: of these, while no gateway has ever answered
+TEXT_PIECE_CHARACTERS = 15_000  #: four bytes each at most: a record stays below 64 KiB
+
+log = logging.getLogger("rankgate")
+
+_live: weakref.WeakSet[Run] = weakref.WeakSet()
+_hooked = False
+
+
+class Run:
+    """One process's part of a run. Made by `init`; every method may be called from any thread.
+
+    `id` is the run's id, `stream` the 32 hex digits of this life of this process.
+    """
+
+    def __init__(
+        self,
+        run_id: str,
+        where: identity.Place,
+        about: dict[str, Any],
+        environ: Mapping[str, str],
+        gateway: str | None,
+        mode: str,
+    ) -> None:
+        self.id = run_id
+        self.rank = where.rank
+        self.world_size = where.world_size
+        stream = new_stream_id()
+        self.stream = stream.hex()
+        self._warned: set[str] = set()
+        self._dead = False
+        self._finished = False
+        self._failure = ""
+        self._finish_lock = threading.Lock()
+        self._data_dir = data_dir(environ)
+        self._address = gateway or environ.get("RANKGATE_ADDR")
+        self._online = mode == "live"
+        run_dir = _spool_dir(environ, run_id, self._warn)
+        earlier = _older(run_dir)
+        directory = f"{run_dir}/{self.stream}" if run_dir else None
+        hello = {
+            "kind": "live",
+            "run": run_id,
+            "dir": str(self._data_dir),
+            "addr": self._address or "",
+            "started": time.time_ns(),
+            "earlier": earlier,
+            **about,
+        }
+        self._spool = Spool(directory, {"stream": stream, **hello})
+        self._rows = Rows(self._spool, self._warn)
+        session = ClientSession(stream, lambda: {**hello, **self._progress()}, self._spool, jitter)
+        session.on_ping(self._progress)
+        self._media = MediaSender(
+            Path(directory or "/nonexistent") / "media",
+            run_id,
+            stream,
+            self._spool,
+            self._connect,
+            self._warn,
+        )
+        self._sender = Sender(
+            session,
+            self._spool,
+            self._data_dir,
+            self._address,
+            environ,
+            self._online,
+            where.local_world_size >= where.world_size,
+            self._warn,
+            self._rows.settle,
+        )
+
+    # --- logging ---------------------------------------------------------------------------------
+
+    def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
+        """Log scalars: Python, numpy or torch numbers; nested dicts are flattened with `/`.
+
+        On return they survive the death of this process. A tensor on a device is copied behind
+        its event and logged when it is there; this never waits for it.
+        """
+        if self._dead:
+            return
+        try:
+            self._rows.log(values, step)
+        except Exception as error:  # promise 1: no exception into user code
+            self._trouble("log", error)
+
+    def log_text(self, text: str, level: str = "info", step: int | None = None) -> None:
+        """Log a line of text."""
+        if self._dead:
+            return
+        try:
+            text, stamp = str(text), time.time_ns()
+            for at in range(0, max(len(text), 1), TEXT_PIECE_CHARACTERS):
+                piece = text[at : at + TEXT_PIECE_CHARACTERS]
+                body = {"t": piece, "l": str(level)[:32], "w": stamp, "s": step}
+                self._spool.append_map(Kind.TEXT, body)
+        except Exception as error:
+            self._trouble("log_text", error)
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Log hyperparameters; logged again, a key's later value wins."""
+        self._log_map("log_params", Kind.PARAMS, params)
+
+    def log_summary(self, values: Mapping[str, Any]) -> None:
+        """Log final values that have no step, such as the best accuracy."""
+        self._log_map("log_summary", Kind.SUMMARY, values)
+
+    def _log_map(self, name: str, kind: Kind, values: Mapping[str, Any]) -> None:
+        if self._dead:
+            return
+        try:
+            stamp = time.time_ns()
+            part: dict[str, Any] = {}
+            size = 0
+            for key, value in flatten(values):
+                key, value = clean_key(key), plain(value)
+                length = len(key) + (len(value) if isinstance(value, str) else 8)
+                if part and size + length > TEXT_PIECE_CHARACTERS:
+                    self._spool.append_map(kind, {"v": part, "w": stamp})
+                    part, size = {}, 0
+                part[key] = value
+                size += length
+            if part:
+                self._spool.append_map(kind, {"v": part, "w": stamp})
+        except Exception as error:
+            self._trouble(name, error)
+
+    def log_image(self, key: str, image: Any, step: int | None = None) -> None:
+        """Log a picture: an array, a tensor, a PIL image, or the path of a file."""
+        self._guard("log_image", lambda: self._image(key, image, step))
+
+    def log_figure(self, key: str, figure: Any, step: int | None = None) -> None:
+        """Log a matplotlib figure (drawn now, as PNG) or a plotly figure (as its JSON)."""
+
+        def make() -> None:
+            data, ending = figure_bytes(figure)
+            self._add_bytes("figure", key, ending, data, step)
+
+        self._guard("log_figure", make)
+
+    def log_table(self, key: str, rows: Any, step: int | None = None) -> None:
+        """Log a table: a list of dicts, a list of lists, or a DataFrame."""
+        self._guard(
+            "log_table",
+            lambda: self._add_bytes("table", key, ".table.json", table_bytes(rows), step),
+        )
+
+    def log_file(self, path: str | os.PathLike[str], name: str | None = None) -> None:
+        """Log a file as it is now; it may be rewritten or deleted afterwards."""
+        self._guard(
+            "log_file", lambda: self._add_file("file", Path(path), name, None, {}, wait=False)
+        )
+
+    def log_checkpoint(
+        self,
+        path: str | os.PathLike[str],
+        best: bool = False,
+        final: bool = False,
+        metrics: Mapping[str, Any] | None = None,
+        step: int | None = None,
+        wait: bool = False,
+    ) -> None:
+        """Log a checkpoint as it is now: cloned in this call where the file system can, else
+        copied by a background thread (`wait=True`: in this call)."""
+
+        def make() -> None:
+            values = {clean_key(k): plain(v) for k, v in flatten(metrics or {})}
+            meta = {"best": bool(best), "final": bool(final), "metrics": values}
+            self._add_file("checkpoint", Path(path), None, step, meta, wait)
+
+        self._guard("log_checkpoint", make)
+
+    def should_stop(self) -> bool:
+        """True once a backend or a person has asked to stop; rankgate itself never stops you."""
+        return not self._dead and self._sender.session.stop
+
+    # --- files -----------------------------------------------------------------------------------
+
+    def _image(self, key: str, image: Any, step: int | None) -> None:
+        if isinstance(image, str | os.PathLike):
+            path = Path(image)
+            self._add_file("image", path, None, step, {}, wait=False, key=key)
+            return
+        self._add("image", key, ".png", step, {}, image_maker(image), now=False)
+
+    def _add_file(
+        self,
+        what: str,
+        path: Path,
+        name: str | None,
+        step: int | None,
+        meta: dict[str, Any],
+        wait: bool,
+        key: str | None = None,
+    ) -> None:
+        path = path.absolute()
+        size = path.stat().st_size  # raises when there is no such file: nothing is logged
+        if not path.is_file():
+            raise ValueError(f"{path} is not a regular file")
+        name = name or path.name
+        body = {"what": what, "key": key or name, "name": name, "s": step, "meta": meta}
+
+        def make(target: Path) -> None:
+            if not snapshot(path, target):
+                copy_unchanged(path, target)
+
+        def clone(target: Path) -> None:
+            if not snapshot(path, target):
+                raise NotImplementedError
+
+        inline = wait or size <= INLINE_COPY_BYTES
+        try:
+            self._add_body(body, make if inline else clone, now=True)
+        except NotImplementedError:
+            self._add_body(body, lambda target: copy_unchanged(path, target), now=False)
+
+    def _add_bytes(self, what: str, key: str, ending: str, data: bytes, step: int | None) -> None:
+        def make(target: Path) -> None:
+            target.write_bytes(data)
+
+        self._add(what, key, ending, step, {}, make, now=True)
+
+    def _add(
+        self,
+        what: str,
+        key: str,
+        ending: str,
+        step: int | None,
+        meta: dict[str, Any],
+        make: Callable[[Path], None],
+        now: bool,
+    ) -> None:
+        name = clean_key(key).replace("/", "_") + ending
+        body = {"what": what, "key": key, "name": name, "s": step, "meta": meta}
+        self._add_body(body, make, now)
+
+    def _add_body(self, body: dict[str, Any], make: Callable[[Path], None], now: bool) -> None:
+        body["key"], body["name"] = clean_key(body["key"]), clean_key(body["name"])
+        body["w"] = time.time_ns()
+        self._media.add(body, make, now)
+
+    # --- the end ---------------------------------------------------------------------------------
+
+    def finish(self, status: str = "completed", seconds: float = FINISH_SECONDS) -> bool:
+        """End this process's part; waits at most `seconds` for the gateway to have it all.
+
+        True when it has. False costs nothing: the spool stays, and the gateway or
+        `rankgate drain` ships it. Called again, or in a forked child, it does nothing.
+        """
+        with self._finish_lock:
+            if self._dead or self._finished:
+                return True
+            self._finished = True
+        try:
+            return self._finish(status, "", time.monotonic() + seconds)
+        except Exception as error:
+            self._trouble("finish", error)
+            return False
+
+    def _finish(self, status: str, text: str, deadline: float) -> bool:
+        while self._rows.settle() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        self._rows.abandon()
+        self._media.wait(deadline, sent=False)
+        end = {"status": status, "text": text[:4000], "w": time.time_ns()}
+        self._spool.append_map(Kind.END, end)
+        if not self._online:
+            deadline = time.monotonic()
+        done = self._sender.finish(deadline, end, ABSENT_SECONDS)
+        files = self._media.wait(deadline if done else time.monotonic(), sent=True)
+        self._media.close()
+        self._dead = True
+        _live.discard(self)
+        self._spool.close()
+        if done and files:
+            self._mark_shipped()
+        elif self._online and self._spool.directory:
+            log.warning(
+                "rankgate: rank %s: not all is acknowledged yet; it is safe in %s and the gateway "
+                "ships it (or: rankgate drain --dir %s)",
+                self.rank,
+                self._spool.directory,
+                self._data_dir,
+            )
+        return done and files
+
+    def _mark_shipped(self) -> None:
+        """Note what the gateway has on disk; the sweep removes the spool when it is old."""
+        session = self._sender.session
+        note = f"{(session.journal or b'').hex()} {session.durable}\n"
+        try:
+            (Path(self._spool.directory or "/") / "done").write_text(note)
+        except OSError:
+            pass  # it is shipped once more, and dropped as a duplicate
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.finish()
+            return
+        self._fail(kind, error, trace)
+        self._at_exit()
+
+    def _fail(
+        self,
+        kind: type[BaseException],
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        lines = traceback.format_exception(kind, error, trace)
+        self._failure = "".join(lines)[-4000:].strip()
+
+    def _at_exit(self) -> None:
+        with self._finish_lock:
+            if self._dead or self._finished:
+                return
+            self._finished = True
+        status = "failed" if self._failure else "ended"
+        try:
+            self._finish(status, self._failure, time.monotonic() + FINISH_SECONDS)
+        except Exception as error:
+            self._trouble("exit", error)
+
+    # --- inner -----------------------------------------------------------------------------------
+
+    def _connect(self) -> Link | None:
+        return Link(self._address or ipc_address(self._data_dir)) if self._online else None
+
+    def _progress(self) -> dict[str, Any]:
+        """What every ping tells: how far this process is, and what it had to refuse."""
+        return {
+            "last": self._spool.last,
+            "step": self._rows.last_step,
+            "logged": self._rows.last_log_ns,
+            "refused": sum(self._spool.refused.values()),
+            "bad": self._spool.bad_values,
+            "spool": self._spool.kept_bytes,
+            "volatile": self._spool.volatile,
+        }
+
+    def _guard(self, name: str, call: Callable[[], None]) -> None:
+        if self._dead:
+            return
+        try:
+            call()
+        except Exception as error:
+            self._trouble(name, error)
+
+    def _trouble(self, name: str, error: Exception) -> None:
+        try:
+            self._spool.refuse(f"{name} failed")
+        except Exception:  # noqa: S110 - the last resort must not fail either
+            pass
+        self._warn(name, f"{name}: {error}; the call is not logged, and counted as refused")
+
+    def _warn(self, what: str, text: str) -> None:
+        """One line per kind of trouble, never a second."""
+        if what not in self._warned:
+            self._warned.add(what)
+            log.warning("rankgate: rank %s: %s", self.rank, text)
+
+    def _become_child(self) -> None:
+        """After a fork: touch no lock, no socket, no thread of the parent's."""
+        self._dead = True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_run, (self.id,)
+
+
+class NullRun(Run):
+    """Does nothing: a DataLoader worker, a pickled copy, or RANKGATE_MODE=disabled."""
+
+    def __init__(self, run_id: str) -> None:
+        self.id, self.rank, self.world_size, self.stream = run_id, -1, 1, ""
+        self._dead = self._finished = True
+        self._failure = ""
+        self._finish_lock = threading.Lock()
+
+
+def _no_run(run_id: str) -> Run:
+    return NullRun(run_id)
+
+
+def init(
+    project: str | None = None,
+    name: str | None = None,
+    run: str | None = None,
+    config: Mapping[str, Any] | None = None,
+    tags: Sequence[str] = (),
+    gateway: str | None = None,
+    rank: int | None = None,
+    local_rank: int | None = None,
+    world_size: int | None = None,
+) -> Run:
+    """Begin logging from this process: the same call on every rank.
+
+    Raises ValueError for wrongly typed arguments only, never for environment or network. In a
+    multiprocessing child (a DataLoader worker) it gives a run that does nothing, unless `rank` is
+    given. See the README for the environment variables.
+    """
+    _check(project, name, run, config, tags, gateway, rank, local_rank, world_size)
+    environ = os.environ
+    mode = environ.get("RANKGATE_MODE", "live")
+    where = identity.place(environ, rank, local_rank, world_size)
+    run_id = identity.run_id(environ, where, run)
+    if mode == "disabled" or (rank is None and identity.in_worker_process()):
+        return NullRun(run_id)
+    about = {
+        **identity.attributes(environ, where),
+        "project": clean_key(project or environ.get("RANKGATE_PROJECT") or "default"),
+        "name": clean_key(name) if name else "",
+        "tags": [clean_key(t) for t in tags],
+    }
+    made = Run(run_id, where, about, environ, gateway, mode)
+    _live.add(made)
+    _hook()
+    if config:
+        made.log_params(config)
+    return made
+
+
+def _check(
+    project: Any, name: Any, run: Any, config: Any, tags: Any, gateway: Any, *numbers: Any
+) -> None:
+    for label, value in (("project", project), ("name", name), ("run", run), ("gateway", gateway)):
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{label} must be a string, not {type(value).__name__}")
+    if run is not None and not identity.valid_run_id(run):
+        raise ValueError(f"run must match [A-Za-z0-9._-]{{1,64}}, and {run!r} does not")
+    if config is not None and not isinstance(config, Mapping):
+        raise ValueError(f"config must be a dict, not {type(config).__name__}")
+    if isinstance(tags, str) or not all(isinstance(t, str) for t in tags):
+        raise ValueError("tags must be a list of strings")
+    for label, value in zip(("rank", "local_rank", "world_size"), numbers, strict=True):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ValueError(f"{label} must be an integer, not {type(value).__name__}")
+
+
+def _spool_dir(
+    environ: Mapping[str, str], run_id: str, warn: Callable[[str, str], None]
+) -> str | None:
+    """The run's directory in the spool, this user's alone; None when it cannot be had."""
+    root = spool_root(environ)
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if root.lstat().st_uid != os.getuid():
+            warn("spool", f"{root} belongs to somebody else; logs are kept in memory only")
+            return None
+        (root / run_id).mkdir(mode=0o700, exist_ok=True)
+    except OSError as error:
+        warn("spool", f"cannot write {root} ({error.strerror}); logs are kept in memory only")
+        return None
+    return str(root / run_id)
+
+
+def _older(run_dir: str | None) -> list[bytes]:
+    """Streams of this run that this node has seen: what an adopted life is ordered by."""
+    if run_dir is None:
+        return []
+    try:
+        return sorted(bytes.fromhex(n) for n in os.listdir(run_dir) if len(n) == 32)[:256]
+    except (OSError, ValueError):
+        return []
+
+
+def _hook() -> None:
+    """Chain the exception hook, and be there at exit and after a fork; once per process."""
+    global _hooked  # noqa: PLW0603 - hooks belong to the process, and there is one process
+    if _hooked:
+        return
+    _hooked = True
+    before = sys.excepthook
+
+    def excepthook(
+        kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        for run in list(_live):
+            run._fail(kind, error, trace)
+        before(kind, error, trace)
+
+    sys.excepthook = excepthook
+    atexit.register(_exit_all)
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _exit_all() -> None:
+    for run in list(_live):
+        run._at_exit()
+
+
+def _after_fork() -> None:
+    for run in list(_live):
+        run._become_child()

@@ -1,0 +1,184 @@
+"""The sender: one daemon thread that owns the socket and carries a spool to the gateway."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .link import Link
+from .rendezvous import LOCK_GATEWAY, ipc_address, locked, start_gateway
+from .spool import Spool
+from .wire.session import ClientSession
+
+TICK_SECONDS = 0.02
+TICK_MAX_SECONDS = 0.2
+CLOSING_TICK_SECONDS = 0.005
+SYNC_SECONDS = 1.0
+ABSENT_WARN_SECONDS = 10.0
+START_RETRY_SECONDS = 5.0
+
+Warn = Callable[[str, str], None]
+
+
+class Carrier:
+    """A session and a link, with the frames the link would not take yet."""
+
+    def __init__(self, session: ClientSession, link: Link) -> None:
+        self.session = session
+        self.link = link
+        self._outbox: deque[bytes] = deque()
+
+    def step(self, now: float) -> None:
+        """Take what came, send what is due."""
+        for frame in self.link.receive():
+            self.session.receive(now, frame)
+        self._outbox.extend(self.session.tick(now))
+        while self._outbox and self.link.send(self._outbox[0]):
+            self._outbox.popleft()
+        if self.session.state != "open" and len(self._outbox) > 1:
+            self._outbox.clear()  # frames of a session that is over
+
+
+class Sender:
+    """Start it once per stream; `finish` waits for acknowledgement up to a deadline."""
+
+    def __init__(
+        self,
+        session: ClientSession,
+        spool: Spool,
+        data_dir: Path,
+        address: str | None,
+        environ: Mapping[str, str],
+        online: bool,
+        may_start: bool,
+        warn: Warn,
+        each_tick: Callable[[], int],
+    ) -> None:
+        self.session = session
+        self._spool = spool
+        self._data_dir = data_dir
+        self._address = address
+        self._environ = environ
+        self._online = online
+        self._may_start = may_start
+        self._warn = warn
+        self._each_tick = each_tick  # settles deferred values; how many still wait
+        self._closing = threading.Event()
+        self._stop = threading.Event()
+        self.started_at = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="rankgate-sender", daemon=True)
+        self._thread.start()
+
+    # --- called from the training thread ---------------------------------------------------------
+
+    def finish(self, deadline: float, end: dict[str, Any], absent_seconds: float) -> bool:
+        """Say BYE once all is acknowledged; False when the deadline came first.
+
+        A gateway that never answered is waited for `absent_seconds` only: the spool stays.
+        """
+        self.session.end(end)
+        self._closing.set()
+        now = time.monotonic()
+        absent_deadline = min(deadline, now + absent_seconds)
+        while self._thread.is_alive():
+            limit = deadline if self.session.welcomed else absent_deadline
+            if time.monotonic() >= limit or self.session.state in ("closed", "rejected"):
+                break
+            self._thread.join(0.01)
+        self._stop.set()
+        self._thread.join(max(0.0, min(1.0, deadline - time.monotonic())) + 0.2)
+        return self.session.state == "closed"
+
+    # --- the thread ------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._loop()
+        except Exception as error:  # nothing may escape into the training process
+            self._warn("sender", f"sending stopped ({error!r}); the spool keeps everything")
+
+    def _loop(self) -> None:
+        link: Link | None = None
+        carrier: Carrier | None = None
+        tick, last, synced = TICK_SECONDS, self._spool.last, time.monotonic()
+        start_at = synced
+        while not self._stop.is_set():
+            now = time.monotonic()
+            if link is None and self._online:
+                link = self._connect()
+                carrier = Carrier(self.session, link) if link else None
+            waiting = self._each_tick()
+            if carrier:
+                carrier.step(now)
+            if self.session.state == "closed":
+                break
+            if now - synced >= SYNC_SECONDS:
+                synced = now
+                self._upkeep()
+            if self._online and self.session.state == "hello" and now >= start_at:
+                start_at = now + START_RETRY_SECONDS
+                self._look_for_gateway(now)
+            # A tick that finds one record is too short: one frame a record is what costs.
+            found, last = self._spool.last - last, self._spool.last
+            tick = TICK_SECONDS if found > 1 or waiting else min(tick * 1.5, TICK_MAX_SECONDS)
+            if self._closing.is_set():
+                self._stop.wait(CLOSING_TICK_SECONDS)
+            elif link and self.session.blocked:
+                link.wait(tick)  # only an answer lets us go on
+            else:
+                self._closing.wait(tick)
+        if link:
+            link.close()
+        self._upkeep()
+
+    def _connect(self) -> Link | None:
+        try:
+            return Link(self._address or ipc_address(self._data_dir))
+        except Exception as error:
+            self._warn("address", f"cannot reach a gateway: {error}; the spool keeps everything")
+            self._stop.wait(TICK_MAX_SECONDS)
+            return None
+
+    def _look_for_gateway(self, now: float) -> None:
+        if now - self.started_at > ABSENT_WARN_SECONDS and not self._closing.is_set():
+            self._warn(
+                "absent",
+                "no gateway answers yet; training goes on and nothing is lost. Later: "
+                f"rankgate drain --dir {self._data_dir}",
+            )
+        if self._address or not self._may_start:
+            return
+        try:
+            if not locked(self._data_dir / "gateway.lock", LOCK_GATEWAY):
+                start_gateway(self._data_dir, self._environ)
+        except OSError as error:
+            self._warn(
+                "start",
+                f"cannot start a gateway in {self._data_dir}: {error.strerror or error}; "
+                "the spool keeps everything",
+            )
+
+    def _upkeep(self) -> None:
+        try:
+            if self._spool.volatile:
+                self._warn("volatile", f"{self._spool.volatile}; logs are kept in memory only")
+                self._spool.heal()
+            self._spool.sync()
+            self._spool.trim(self.session.durable)
+        except OSError as error:
+            self._warn("disk", f"the spool's disk: {error.strerror or error}")
+
+
+def jitter() -> float:
+    """Not security: it keeps a thousand ranks from saying HELLO in one instant."""
+    return random.random()  # noqa: S311
+
+
+def new_stream_id() -> bytes:
+    return os.urandom(16)

@@ -1,0 +1,368 @@
+"""The spool: where a rank's records stand, on its own disk, before `log` returns.
+
+The thread that logs writes; the sender thread reads what was written through `read`, and there is
+no queue between them. When the disk refuses, a bounded memory ring takes over and says so
+(`volatile`); past its end calls are refused and counted.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import threading
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .wire.disk import Disk, OsDisk
+from .wire.records import UNNUMBERED, Kind, Schema, pack_map, walk
+from .wire.segments import SPOOL_SEGMENT_BYTES, SegmentLog, segment_path
+
+MARK_BYTES = 32 << 10  #: a place to cut a frame, so that the sender never parses records
+RING_BYTES = 16 << 20
+SPOOL_KEEP_BYTES = 256 << 20  #: kept after acknowledgement, for a gateway that lost its journal
+COUNTS = struct.Struct("<QQ")  # refused calls, bad values
+
+
+class _Segment:
+    """What the reader must know of a segment. `marks` are (number that starts there, offset)."""
+
+    __slots__ = ("end", "fd", "first", "index", "marks", "path")
+
+    def __init__(self, index: int, path: str, first: int, start: int) -> None:
+        self.index = index
+        self.path = path
+        self.first = first
+        self.marks: list[tuple[int, int]] = [(first, start)]
+        self.end: tuple[int, int] | None = None  #: set once, when the segment is sealed
+        self.fd = -1
+
+
+class Spool:
+    """One stream's log. `append` and `refuse` from any thread under `lock`; `read`, `trim`,
+    `sync` and `heal` from the sender's thread.
+
+    `last` is the highest number given, `refused` counts calls that got none, by reason.
+    """
+
+    def __init__(
+        self,
+        directory: str | None,
+        head: dict[str, Any],
+        disk: Disk | None = None,
+        segment_bytes: int = SPOOL_SEGMENT_BYTES,
+        keep_bytes: int = SPOOL_KEEP_BYTES,
+    ) -> None:
+        # Reentrant: a signal handler may log while its own thread is inside `append`.
+        self.lock = threading.RLock()
+        self.directory = directory
+        self.last = 0
+        self.refused: dict[str, int] = {}
+        self.bad_values = 0
+        self.volatile = ""  #: why the records are in memory only, or empty
+        self.schemas: list[Schema] = []
+        self._disk = disk or OsDisk()
+        self._head = head
+        self._keep_bytes = keep_bytes
+        self.owed: dict[str, int] = {}  # refusals no LOSS record tells of yet
+        self._segments: list[_Segment] = []
+        self._ring: deque[tuple[int, bytes]] = deque()
+        self._ring_bytes = 0
+        self._retired: list[int] = []  # fds the sender syncs and closes
+        self._lock_fd = -1
+        self._counts_fd = -1
+        self._log = SegmentLog(self._disk, directory or "", self._opening, segment_bytes)
+        self._log_end: tuple[_Segment, int, int] | None = None  # one tuple: no torn view
+        self._marked = 0
+        self._unsynced = False
+        self._at: tuple[_Segment, int, int] | None = None  # reader: (segment, number, offset)
+        try:
+            self._open()
+        except OSError as error:
+            self.volatile = f"cannot write the spool in {directory}: {error.strerror or error}"
+
+    # --- writing -------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        if self.directory is None:
+            raise OSError("no directory")
+        self._disk.make_dir(self.directory)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        # A POSIX lock, not flock: a forked child would keep a flock alive after our death.
+        # Opened once: closing any other descriptor of the file would drop the lock.
+        self._lock_fd = os.open(f"{self.directory}/lock", flags, 0o600)
+        fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._counts_fd = os.open(f"{self.directory}/counts", flags, 0o600)
+        os.pwrite(self._counts_fd, bytes(4096), 0)
+        self._roll()
+
+    def _opening(self) -> list[bytes]:
+        seq = self.last + 1
+        return [pack_map(Kind.HEAD, seq, self._head), *(s.pack(seq) for s in self.schemas)]
+
+    def _roll(self) -> None:
+        index = self._log.index + 1
+        before = self._log.start(index)
+        if before >= 0:
+            self._retired.append(before)
+        if self._segments:
+            self._segments[-1].end = self._log_end[1:] if self._log_end else None
+        opening = sum(len(r) for r in self._opening()[:1])
+        path = segment_path(self.directory or "", index)
+        segment = _Segment(index, path, self.last + 1, opening)
+        self._segments.append(segment)
+        self._marked = self._log.size
+        self._log_end = (segment, self.last + 1, self._log.size)
+        self._unsynced = True
+
+    def append(self, record: bytes | bytearray, before: bytes = b"") -> bool:
+        """Write the record numbered `last + 1`, after the unnumbered records `before`.
+
+        The caller holds `lock` and packed that number. False: refused (and counted).
+        """
+        if self.volatile:
+            return self._append_ring(before + bytes(record))
+        log = self._log
+        try:
+            log.append(before + record if before else record)
+        except OSError as error:
+            self.volatile = f"the spool's disk refuses: {error.strerror or error}"
+            return self._append_ring(before + bytes(record))
+        self.last = number = self.last + 1
+        segment = self._segments[-1]
+        self._log_end = (segment, number + 1, log.size)
+        if log.size - self._marked >= MARK_BYTES:
+            segment.marks.append((number + 1, log.size))
+            self._marked = log.size
+            self._unsynced = True
+            if log.full:
+                try:
+                    self._roll()
+                except OSError:
+                    pass  # goes on in the old segment; the next full mark tries again
+        return True
+
+    def append_map(self, kind: Kind, body: dict[str, Any]) -> int:
+        """Number and write a record whose body is a map; its number, 0 when refused."""
+        with self.lock:
+            if self.owed:
+                self.tell_losses()
+            number = self.last + 1
+            return number if self.append(pack_map(kind, number, body)) else 0
+
+    def add_schema(self, keys: tuple[str, ...], types: tuple[str, ...]) -> tuple[Schema, bytes]:
+        """Intern a schema; its record must be given as `before` of the first row that uses it."""
+        with self.lock:
+            schema = Schema(len(self.schemas), keys, types)
+            self.schemas.append(schema)
+            return schema, schema.pack(self.last + 1)
+
+    def refuse(self, reason: str, calls: int = 1) -> None:
+        """Count calls that get no number; a LOSS record tells of them with the next append."""
+        with self.lock:
+            self.refused[reason] = self.refused.get(reason, 0) + calls
+            self.owed[reason] = self.owed.get(reason, 0) + calls
+            self._write_counts()
+
+    def count_bad(self, values: int) -> None:
+        with self.lock:
+            self.bad_values += values
+            self._write_counts()
+
+    def _write_counts(self) -> None:
+        if self._counts_fd >= 0:
+            try:
+                packed = COUNTS.pack(sum(self.refused.values()), self.bad_values)
+                os.pwrite(self._counts_fd, packed, 0)
+            except OSError:
+                pass  # the numbers are still told by LOSS records and pings
+
+    def tell_losses(self) -> None:
+        """Write LOSS records for the refusals since the last; the caller holds `lock`."""
+        owed, self.owed = self.owed, {}
+        for reason, calls in owed.items():
+            body = {"n": calls, "reason": reason}
+            if not self.append(pack_map(Kind.LOSS, self.last + 1, body)):
+                self.owed[reason] = self.owed.get(reason, 0) + calls
+
+    def _append_ring(self, record: bytes) -> bool:
+        if self._ring_bytes + len(record) > RING_BYTES:
+            self.refuse("spool unwritable and memory ring full")
+            return False
+        self.last += 1
+        self._ring.append((self.last, record))
+        self._ring_bytes += len(record)
+        return True
+
+    # --- reading: the sender's thread ----------------------------------------------------------
+
+    @property
+    def first_kept(self) -> int:
+        if self._segments:
+            return self._segments[0].first
+        return self._ring[0][0] if self._ring else self.last + 1
+
+    @property
+    def kept_bytes(self) -> int:
+        sealed = sum(s.end[1] for s in self._segments if s.end)
+        return sealed + (self._log_end[2] if self._log_end else 0) + self._ring_bytes
+
+    def read(self, first: int, max_bytes: int) -> tuple[int, bytes]:
+        """(n, bytes) of the numbered records from `first` on, with the schemas between them."""
+        if self._ring:
+            with self.lock:
+                if self._ring and first >= self._ring[0][0]:
+                    return self._read_ring(first, max_bytes)
+        newest = self._log_end
+        if newest is None or not self._segments or first < self._segments[0].first:
+            return 0, b""
+        segment, at = self._find(first)
+        while True:
+            end = segment.end or (newest[1:] if segment is newest[0] else None)
+            if end is None:
+                return 0, b""
+            if first < end[0]:
+                break
+            following = self._segments.index(segment) + 1
+            if following >= len(self._segments):
+                return 0, b""
+            segment = self._segments[following]
+            at = segment.marks[0][1]
+        number, offset = self._cut(segment, at, end, max_bytes)
+        data = os.pread(self._fd(segment), offset - at, at)
+        if len(data) != offset - at:
+            return 0, b""  # somebody cut our file: what is gone is told as a gap
+        self._at = (segment, number, offset)
+        return number - first, data
+
+    def _read_ring(self, first: int, max_bytes: int) -> tuple[int, bytes]:
+        parts: list[bytes] = []
+        size = 0
+        for number, record in self._ring:
+            if number < first:
+                continue
+            if parts and size + len(record) > max_bytes:
+                break
+            parts.append(record)
+            size += len(record)
+        return len(parts), b"".join(parts)
+
+    def _find(self, first: int) -> tuple[_Segment, int]:
+        """The segment that holds `first`, and the offset where it (or its schemas) starts."""
+        if self._at and self._at[1] == first:
+            return self._at[0], self._at[2]
+        segments = self._segments
+        segment = segments[bisect_right([s.first for s in segments], first) - 1]
+        marks = segment.marks
+        number, at = marks[max(0, bisect_right(marks, (first, 1 << 62)) - 1)]
+        if number == first:
+            return segment, at
+        # Between two marks: only after a reconnect, so walking is cheap enough.
+        size = (segment.end or self._log_end or (0, 0))[-1] - at
+        start = at
+        for head in walk(os.pread(self._fd(segment), size, start)):
+            if head.kind not in UNNUMBERED:
+                if head.seq >= first:
+                    break
+                at = start + head.at + head.size  # the schemas of `first` start here
+        return segment, at
+
+    def _cut(
+        self, segment: _Segment, at: int, end: tuple[int, int], max_bytes: int
+    ) -> tuple[int, int]:
+        """(next number, offset) where a frame that starts at `at` ends."""
+        if end[1] - at <= max_bytes:
+            return end
+        marks = segment.marks
+        i = bisect_right(marks, at + max_bytes, key=lambda m: m[1]) - 1
+        if i >= 0 and marks[i][1] > at:
+            return marks[i]
+        return marks[i + 1] if i + 1 < len(marks) else end
+
+    def _fd(self, segment: _Segment) -> int:
+        if segment.fd < 0:
+            segment.fd = self._disk.open_read(segment.path)
+        return segment.fd
+
+    # --- upkeep: the sender's thread -----------------------------------------------------------
+
+    def sync(self) -> None:
+        """Bring what was written to the disk itself. Called each second, never by `log`."""
+        for fd in self._retired[:]:
+            self._disk.sync(fd)
+            self._disk.close(fd)
+            self._retired.remove(fd)
+        if self._log.fd >= 0:
+            self._disk.sync(self._log.fd)
+            if self._unsynced:
+                self._unsynced = False
+                self._disk.sync_dir(self._log.directory)
+
+    def heal(self) -> None:
+        """Try to bring the memory ring to the disk; the order of numbers is kept."""
+        with self.lock:
+            if not self.volatile or self.directory is None:
+                return
+            ring, self._ring, size = self._ring, deque(), self._ring_bytes
+            last = self.last
+            try:
+                self.last = ring[0][0] - 1 if ring else last
+                if self._lock_fd < 0:
+                    self._open()
+                else:
+                    self._roll()
+                if ring:
+                    self._log.append(b"".join(record for _, record in ring))
+            except OSError:
+                self._ring, self.last = ring, last
+                return
+            self.last = last
+            self._ring_bytes -= size
+            segment = self._segments[-1]
+            self._log_end = (segment, last + 1, self._log.size)
+            segment.marks.append((last + 1, self._log.size))
+            self._marked = self._log.size
+            self.volatile = ""
+
+    def trim(self, durable: int) -> None:
+        """Forget acknowledged segments past `keep_bytes`, and acknowledged records in memory."""
+        with self.lock:
+            while self._ring and self._ring[0][0] <= durable:
+                self._ring_bytes -= len(self._ring.popleft()[1])
+        kept = self.kept_bytes
+        while len(self._segments) > 1 and kept > self._keep_bytes:
+            oldest = self._segments[0]
+            if oldest.end is None or oldest.end[0] - 1 > durable:
+                return
+            kept -= oldest.end[1]
+            del self._segments[0]
+            if oldest.fd >= 0:
+                self._disk.close(oldest.fd)
+            self._disk.unlink(oldest.path)
+
+    def close(self) -> None:
+        """Let go of every descriptor, the lock too: others may now ship what is left."""
+        with self.lock:
+            for segment in self._segments:
+                if segment.fd >= 0:
+                    self._disk.close(segment.fd)
+                    segment.fd = -1
+            for fd in (*self._retired, self._log.fd, self._counts_fd, self._lock_fd):
+                if fd >= 0:
+                    self._disk.close(fd)
+            self._retired.clear()
+            self._log.fd = self._counts_fd = self._lock_fd = -1
+            self.volatile = self.volatile or "closed"
+
+
+def spool_root(environ: Mapping[str, str]) -> Path:
+    """Node-local, never shared memory: `RANKGATE_SPOOL`, Slurm's or a local TMPDIR, /var/tmp."""
+    if environ.get("RANKGATE_SPOOL"):
+        return Path(environ["RANKGATE_SPOOL"])
+    for name in ("SLURM_TMPDIR", "TMPDIR"):
+        if environ.get(name):
+            return Path(environ[name]) / f"rankgate-{os.getuid()}"
+    return Path(f"/var/tmp/rankgate-{os.getuid()}")  # noqa: S108 - 0700, and the owner is checked

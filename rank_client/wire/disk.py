@@ -1,0 +1,59 @@
+"""The few storage calls that logs are made of, so that a test can stand in for the disk."""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+
+class Disk(Protocol):
+    """What a segment log asks of storage. Every method may raise OSError."""
+
+    def make_dir(self, path: str) -> None: ...
+    def names(self, path: str) -> list[str]: ...
+    def create(self, path: str) -> int: ...
+    def open_append(self, path: str) -> int: ...
+    def open_read(self, path: str) -> int: ...
+    def write(self, fd: int, data: bytes | bytearray | memoryview) -> int: ...
+    def pread(self, fd: int, size: int, at: int) -> bytes: ...
+    def size(self, fd: int) -> int: ...
+    def truncate(self, fd: int, size: int) -> None: ...
+    def sync(self, fd: int) -> None: ...
+    def sync_dir(self, path: str) -> None: ...
+    def close(self, fd: int) -> None: ...
+    def unlink(self, path: str) -> None: ...
+
+
+class OsDisk:
+    """The real disk. Files are 0600, directories 0700: logs may hold what others must not read."""
+
+    write = staticmethod(os.write)
+    pread = staticmethod(os.pread)
+    truncate = staticmethod(os.ftruncate)
+    sync = staticmethod(os.fdatasync)
+    close = staticmethod(os.close)
+    unlink = staticmethod(os.unlink)
+    names = staticmethod(os.listdir)
+
+    def make_dir(self, path: str) -> None:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+
+    def create(self, path: str) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        return os.open(path, flags, 0o600)
+
+    def open_append(self, path: str) -> int:
+        return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+    def open_read(self, path: str) -> int:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+    def size(self, fd: int) -> int:
+        return os.fstat(fd).st_size
+
+    def sync_dir(self, path: str) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)

@@ -1,0 +1,239 @@
+"""One stream's talk with the gateway, as a state machine without clock, socket or thread.
+
+Feed it frames (`receive`) and the time (`tick`, seconds, monotonic); it answers with the frames to
+send. Retransmission is go-back-N: the gateway accepts only what follows what it has.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from . import frames
+from .frames import BadFrame, Type
+
+HELLO_FIRST_SECONDS = 0.5
+HELLO_MAX_SECONDS = 5.0
+RTO_FIRST_SECONDS = 1.0
+RTO_MAX_SECONDS = 30.0
+PING_SECONDS = 5.0
+SILENT_SECONDS = 16.0  #: three pings without an answer: say HELLO again
+BACK_SECONDS = 0.1  #: at most one go-back in this time, as several refusals arrive at once
+
+
+class Source(Protocol):
+    """Where a session reads what it sends: a spool, an orphan's spool, a file in chunks."""
+
+    @property
+    def first_kept(self) -> int:
+        """The lowest number that can still be read."""
+
+    @property
+    def last(self) -> int:
+        """The highest number there is, 0 if none."""
+
+    def read(self, first: int, max_bytes: int) -> tuple[int, bytes]:
+        """(n, bytes) of the records from `first` on; at least one if there is one."""
+
+
+class ClientSession:
+    """States: `hello` (nobody has answered), `open`, `rejected`, `closed`.
+
+    Read `durable` for what the gateway has on disk, `stop` for a wish to end the training,
+    `journal_changed` for a gateway that lost or never had what another acknowledged.
+    """
+
+    def __init__(
+        self,
+        stream: bytes,
+        hello: Callable[[], dict[str, Any]],
+        source: Source,
+        random: Callable[[], float],
+    ) -> None:
+        self.stream = stream
+        self.state = "hello"
+        self.durable = 0
+        self.journal: bytes | None = None
+        self.journal_changed = False
+        self.stop = False
+        self.reject_reason = ""
+        self.resent_total = 0
+        self.welcomed = False  #: somebody answered at least once
+        self._hello = hello
+        self._source = source
+        self._random = random
+        self._session = 0
+        self._cursor = 1  # the next number to send
+        self._credit = 0
+        self._in_flight: deque[tuple[int, int]] = deque()  # (last number, bytes) of each frame
+        self._in_flight_bytes = 0
+        self._hello_at = 0.0
+        self._hello_wait = HELLO_FIRST_SECONDS
+        self._rto = RTO_FIRST_SECONDS
+        self._rto_at = 0.0
+        self._ping_at = 0.0
+        self._bye_at = 0.0
+        self._back_at = 0.0
+        self._heard_at = 0.0
+        self._ending: dict[str, Any] | None = None
+        self._stats: Callable[[], dict[str, Any]] = dict
+
+    def on_ping(self, stats: Callable[[], dict[str, Any]]) -> None:
+        """Give the map that every PING carries (spool bytes, progress, refusals)."""
+        self._stats = stats
+
+    def end(self, body: dict[str, Any]) -> None:
+        """No more will be written; say BYE once all is acknowledged."""
+        self._ending = body
+
+    @property
+    def idle(self) -> bool:
+        """Everything there is has been acknowledged."""
+        return self.state == "open" and self.durable >= self._source.last
+
+    @property
+    def blocked(self) -> bool:
+        """There is more to send, and only an answer allows it."""
+        return self.state == "open" and self._cursor <= self._source.last
+
+    # --- time --------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> list[bytes]:
+        """The frames to send now. Call it every tick and after each `receive`."""
+        if self.state == "hello":
+            return self._say_hello(now) if now >= self._hello_at else []
+        if self.state != "open":
+            return []
+        if now - self._heard_at > SILENT_SECONDS:
+            self._restart(now)
+            return []
+        out: list[bytes] = []
+        if self._in_flight and now >= self._rto_at:
+            self._go_back(self.durable + 1)
+            self._rto = min(self._rto * 2, RTO_MAX_SECONDS)
+        self._send_data(now, out)
+        if now >= self._ping_at:
+            self._ping_at = now + PING_SECONDS
+            out.append(self._control(Type.PING, {"t": now, **self._stats()}))
+        if self._ending is not None and self.idle and now >= self._bye_at:
+            self._bye_at = now + RTO_FIRST_SECONDS
+            final = {"final": self._source.last, **self._stats(), **self._ending}
+            out.append(self._control(Type.BYE, final))
+        return out
+
+    def _say_hello(self, now: float) -> list[bytes]:
+        self._hello_at = now + self._hello_wait * (0.75 + 0.5 * self._random())
+        self._hello_wait = min(self._hello_wait * 2, HELLO_MAX_SECONDS)
+        body = {
+            "v": [frames.MAJOR, frames.MAJOR],
+            "first": self._source.first_kept,
+            "last": self._source.last,
+            "acked": self.durable,
+            "journal": self.journal,
+            **self._hello(),
+        }
+        return [frames.control(Type.HELLO, 0, self.stream, body)]
+
+    def _send_data(self, now: float, out: list[bytes]) -> None:
+        source = self._source
+        while self._cursor <= source.last and self._in_flight_bytes < self._credit:
+            n, records = source.read(self._cursor, frames.MAX_DATA_BYTES)
+            if n == 0:
+                return
+            out.append(frames.data(self._session, self.stream, self._cursor, n, records))
+            if not self._in_flight:
+                self._rto_at = now + self._rto
+            self._cursor += n
+            self._in_flight.append((self._cursor - 1, len(records)))
+            self._in_flight_bytes += len(records)
+
+    def _control(self, type_: Type, body: dict[str, Any]) -> bytes:
+        return frames.control(type_, self._session, self.stream, body)
+
+    # --- frames ------------------------------------------------------------------------------
+
+    def receive(self, now: float, frame: bytes) -> None:
+        """Take one frame from the gateway; what is not for us or not a frame is ignored."""
+        try:
+            frames.type_of(frame)
+            message = frames.read_control(frame)
+        except BadFrame:
+            return
+        if message.stream != self.stream or self.state in ("rejected", "closed"):
+            return
+        body = message.body
+        if message.type == Type.WELCOME:
+            self._on_welcome(now, message.session, body)
+        elif message.type == Type.REJECT:
+            self._on_reject(now, body)
+        elif message.type in (Type.UNKNOWN, Type.DRAIN):
+            if self.state == "open":
+                self._restart(now)
+        elif message.session == self._session and self.state == "open":
+            self._on_answer(now, message.type, body)
+
+    def _on_welcome(self, now: float, session: int, body: dict[str, Any]) -> None:
+        durable, journal = body.get("durable"), body.get("journal")
+        if not isinstance(durable, int) or durable < 0 or not isinstance(journal, bytes):
+            return
+        if self.state == "open" and session == self._session:
+            return  # the answer to a HELLO that was sent twice
+        if self.journal is not None and (journal != self.journal or durable < self.durable):
+            self.journal_changed = True
+        self.journal = journal
+        self._session = session
+        self.state, self.welcomed = "open", True
+        self.durable = durable
+        self._go_back(durable + 1)
+        self._credit = _int(body.get("credit"), frames.MAX_DATA_BYTES)
+        self._rto = RTO_FIRST_SECONDS
+        self._hello_wait = HELLO_FIRST_SECONDS
+        self._heard_at = now
+        self._ping_at = now
+
+    def _on_reject(self, now: float, body: dict[str, Any]) -> None:
+        self.reject_reason = str(body.get("text", "no reason given"))
+        if body.get("fatal", True):
+            self.state = "rejected"
+        else:
+            self.state = "hello"
+            self._hello_at = now + _int(body.get("retry_seconds"), 5)
+
+    def _on_answer(self, now: float, type_: int, body: dict[str, Any]) -> None:
+        self._heard_at = now
+        if body.get("stop"):
+            self.stop = True
+        if type_ == Type.BYE_ACK:
+            self.state = "closed"
+        durable = body.get("durable")
+        if not isinstance(durable, int):
+            return
+        self._credit = _int(body.get("credit"), self._credit)
+        if durable > self.durable:
+            self.durable = durable
+            self._rto = RTO_FIRST_SECONDS
+            self._rto_at = now + self._rto
+            while self._in_flight and self._in_flight[0][0] <= durable:
+                self._in_flight_bytes -= self._in_flight.popleft()[1]
+        back = body.get("back")
+        if isinstance(back, int) and self.durable < back < self._cursor and now >= self._back_at:
+            self._back_at = now + BACK_SECONDS
+            self._go_back(back)
+
+    # --- turning back ------------------------------------------------------------------------
+
+    def _restart(self, now: float) -> None:
+        self.state = "hello"
+        self._hello_at = now
+        self._go_back(self.durable + 1)
+
+    def _go_back(self, to: int) -> None:
+        self.resent_total += max(0, self._cursor - to)
+        self._cursor = to
+        while self._in_flight and self._in_flight[-1][0] >= to:
+            self._in_flight_bytes -= self._in_flight.pop()[1]
+
+
+def _int(value: Any, otherwise: int) -> int:
+    return value if isinstance(value, int) and value >= 0 else otherwise

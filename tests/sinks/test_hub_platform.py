@@ -1,0 +1,597 @@
+"""The Platform sink against a stand-in that is strict about the platform's rules."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gateway.sinks.base import (
+    Item,
+    Media,
+    Off,
+    Params,
+    Refused,
+    Rows,
+    RunInfo,
+    Sent,
+    Summary,
+    Text,
+    Unavailable,
+)
+from gateway.sinks.hub import http, platform
+from gateway.sinks.hub.config import HubConfig
+from gateway.sinks.hub.export import HubExport, send_bundle
+from gateway.sinks.hub.platform import PlatformSink
+from tests.servers.base import Reply
+from tests.servers.platform import EVENTS, KEY, PlatformServer
+from tests.sinks.fakes import MemoryDict
+
+RUN = RunInfo("run-1", "digits", "Digits run", ("tag",), 1)
+CONFIG = HubConfig(project="owner/digits")
+STREAM = b"s" * 16
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[PlatformServer]:
+    with PlatformServer() as server:
+        monkeypatch.setenv("ULTRALYTICS_API_KEY", KEY)
+        monkeypatch.setenv("ULTRALYTICS_PLATFORM_URL", server.url)
+        yield server
+
+
+@pytest.fixture
+def memory() -> MemoryDict:
+    return MemoryDict()
+
+
+def opened(memory: MemoryDict, config: HubConfig = CONFIG) -> PlatformSink:
+    sink = PlatformSink(config)
+    sink.open(RUN, memory)
+    return sink
+
+
+def rows(seq: int, rank: int = 0, **columns: Any) -> Rows:
+    at = np.array([seq], dtype=np.int64)
+    named = {name.replace("__", "/"): np.array([value]) for name, value in columns.items()}
+    return Rows(STREAM, rank, at, at, at, named)
+
+
+def text(seq: int, line: str, rank: int = 0) -> Text:
+    return Text(STREAM, rank, seq, seq * 1_000_000, "info", line)
+
+
+def params(seq: int, **values: Any) -> Params:
+    return Params(STREAM, 0, seq, seq, values)
+
+
+def summary(seq: int, **values: Any) -> Summary:
+    return Summary(STREAM, 0, seq, seq, values)
+
+
+def media(
+    folder: Path, seq: int, body: bytes, what: str = "checkpoint", minute: float = 0.0, **meta: Any
+) -> Media:
+    path = folder / f"blob{seq}"
+    path.write_bytes(body)
+    wall_ns = int(minute * 60e9)
+    return Media(
+        STREAM, 0, seq, wall_ns, what, "best.pt", "best.pt", None, path, "", len(body), meta
+    )
+
+
+def total(*parts: Sent) -> tuple[int, dict[str, int]]:
+    skipped: Counter[str] = Counter()
+    for part in parts:
+        skipped.update(part.skipped)
+    return sum(part.delivered for part in parts), dict(skipped)
+
+
+def test_epochs_arrive_value_by_value(server: PlatformServer, memory: MemoryDict) -> None:
+    """Each epoch has each key's last value, under the user's names."""
+    sink = opened(memory)
+    batch = [
+        rows(1, train__loss=3.0),
+        rows(2, train__loss=2.5),
+        rows(3, epoch=0, val__loss=0.5),
+        rows(4, train__loss=2.0),
+        rows(5, epoch=1, val__loss=0.25),
+    ]
+    sent = sink.send(batch, again=False)
+    assert server.epochs(server.only()) == {
+        0: {"train/loss": 2.5, "val/loss": 0.5},
+        1: {"train/loss": 2.0, "val/loss": 0.25},
+    }
+    assert total(sent) == (6, {"not the last of its epoch": 1})
+
+
+def test_last_epoch_and_final_record_are_sent(server: PlatformServer, memory: MemoryDict) -> None:
+    """The end of a short run is not lost: last epoch, summary and state are at the platform."""
+    sink = opened(memory)
+    sent = sink.send([rows(1, epoch=0, x=1.0), summary(2, map=0.9, note="ok")], again=False)
+    assert sent.delivered == 2
+    closed = sink.close("completed", "")
+    model = server.only()
+    assert server.epochs(model) == {0: {"x": 1.0}}
+    assert server.finals(model) == {"metrics": {"x": 1.0, "map": 0.9, "note": "ok"}}
+    assert (server.status(model), total(sent, closed)) == ("completed", (3, {}))
+
+
+def test_points_without_an_epoch_are_counted_at_the_end(
+    server: PlatformServer, memory: MemoryDict
+) -> None:
+    """What no epoch took is skipped by name, and never called delivered."""
+    sink = opened(memory)
+    sent = sink.send([rows(1, a=1.0, b=2.0), rows(2, a=3.0)], again=False)
+    assert total(sent) == (0, {"not the last of its epoch": 1})
+    assert total(sink.close("completed", "")) == (0, {"no epoch": 2})
+
+
+def test_params_become_strings(server: PlatformServer, memory: MemoryDict) -> None:
+    """All trainArgs are strings; epochs and device are also told on their own."""
+    opened(memory).send([params(1, lr=0.1, epochs=3, amp=True, none=None)], again=False)
+    (model,) = server.models.values()
+    assert model.train_args == {"lr": "0.1", "epochs": "3", "amp": "True", "none": "None"}
+    assert (model.start["epochs"], model.project, model.slug) == (3, "owner/digits", "digits-run")
+
+
+def test_later_params_do_not_make_a_second_model(
+    server: PlatformServer, memory: MemoryDict
+) -> None:
+    """Params that come after the start go to the same model, together with the first."""
+    sink = opened(memory)
+    sink.send([params(1, lr=0.1)], again=False)
+    sink.send([params(2, wd=0.0)], again=False)
+    (model,) = server.models.values()
+    assert model.train_args == {"lr": "0.1", "wd": "0.0"}
+
+
+def test_a_taken_name_keeps_the_ids(server: PlatformServer, memory: MemoryDict) -> None:
+    """A second run of the same name gets -2 and its own epochs."""
+    opened(memory).send([rows(1, epoch=0, x=1.0)], again=False)
+    opened(MemoryDict()).send([rows(1, epoch=0, x=2.0)], again=False)
+    one, two = server.models.values()
+    assert (one.slug, two.slug) == ("digits-run", "digits-run-2")
+    assert (one.metrics, two.metrics) == ({0: {"x": 1.0}}, {0: {"x": 2.0}})
+
+
+def test_non_finite_becomes_null(server: PlatformServer, memory: MemoryDict) -> None:
+    """NaN and infinity are null at the platform and count as delivered."""
+    sent = opened(memory).send([rows(1, epoch=0, a=math.nan, b=math.inf, c=1.0)], again=False)
+    assert server.epochs(server.only()) == {0: {"a": None, "b": None, "c": 1.0}}
+    assert sent.delivered == 4
+
+
+def test_rank_is_in_the_key(server: PlatformServer, memory: MemoryDict) -> None:
+    """Rank 3's late epoch joins rank 0's values instead of replacing them."""
+    sink = opened(memory)
+    sink.send([rows(1, epoch=0, x=1.0)], again=False)
+    other = rows(1, rank=3, epoch=0, x=3.0)
+    sink.send([Rows(b"t" * 16, 3, other.seq, other.step, other.wall_ns, other.columns)], False)
+    assert server.epochs(server.only()) == {0: {"x": 1.0, "rank3/x": 3.0}}
+
+
+def test_fitness_and_model_info(server: PlatformServer, memory: MemoryDict) -> None:
+    """Ultralytics' fitness and model figures stand where the platform looks for them."""
+    sink = opened(memory)
+    first = {"model__parameters": 3_000_000, "model__GFLOPs": 8.1, "fitness": 0.5}
+    sink.send([rows(1, epoch=0, **first), rows(2, epoch=1, fitness=0.25)], again=False)
+    events = server.models[server.only()].events
+    assert events[0]["modelInfo"] == {"parameters": 3_000_000, "gflops": 8.1}
+    assert (events[1]["fitness"], events[1]["best_fitness"]) == (0.25, 0.5)
+    sink.close("completed", "")
+    results = server.finals(server.only())
+    assert results and (results["bestEpoch"], results["bestFitness"]) == (0, 0.5)
+
+
+def test_console_goes_in_large_chunks(server: PlatformServer, memory: MemoryDict) -> None:
+    """2,500 lines take 3 requests and arrive in order, those of other ranks marked."""
+    lines: list[Item] = [text(seq, f"line {seq}", rank=seq % 2) for seq in range(1, 2501)]
+    sent = opened(memory).send(lines, again=False)
+    expected = [("[rank 1] " if seq % 2 else "") + f"line {seq}" for seq in range(1, 2501)]
+    model = server.only()
+    assert server.console(model) == expected
+    assert len(server.models[model].chunks) == 3
+    assert sent.delivered == 2500
+
+
+def test_too_many_requests_tells_how_long(server: PlatformServer, memory: MemoryDict) -> None:
+    """429 becomes Unavailable with the seconds of Retry-After."""
+    sink = opened(memory)
+    server.fail(EVENTS, status=429, Retry_After="7")
+    with pytest.raises(Unavailable) as caught:
+        sink.send([rows(1, epoch=0)], again=False)
+    assert caught.value.after_seconds == 7.0
+
+
+def test_a_low_limit_is_got_through(server: PlatformServer, memory: MemoryDict) -> None:
+    """A batch of more requests than the limit goes on where it stopped, each epoch once."""
+    server.limit.calls = 4
+    batch: list[Item] = [rows(seq, epoch=seq, x=float(seq)) for seq in range(10)]
+    sink = opened(memory)
+    calls = 0
+    while True:
+        try:
+            sent = sink.send(batch, again=calls > 0)
+            break
+        except Unavailable as error:
+            assert error.after_seconds is not None and error.after_seconds > 0
+            calls += 1
+            server.limit.window_seconds = 0.0
+            server.limit.take()
+            server.limit.window_seconds = 60.0
+            server.limit._taken.clear()
+    accepted = [r for r in server.requests if r[2] == 200]
+    assert (len(accepted), calls, sent.delivered) == (11, 2, 20)
+    assert server.epochs(server.only()) == {seq: {"x": float(seq)} for seq in range(10)}
+
+
+def test_refusal_after_503_is_retried(server: PlatformServer, memory: MemoryDict) -> None:
+    """A 503 loses nothing: the same call again delivers."""
+    sink = opened(memory)
+    server.fail(EVENTS, status=503)
+    batch = [rows(1, epoch=0, x=1.0)]
+    with pytest.raises(Unavailable):
+        sink.send(batch, again=False)
+    assert sink.send(batch, again=True).delivered == 2
+    assert server.epochs(server.only()) == {0: {"x": 1.0}}
+
+
+def test_html_is_not_an_answer(server: PlatformServer, memory: MemoryDict) -> None:
+    """A proxy's login page with status 200 is not taken for a confirmation."""
+    page = Reply(200, b"<html>log in</html>", "text/html")
+    server.fail(EVENTS, status=200, body=page)
+    with pytest.raises(Unavailable, match="not a JSON object"):
+        opened(memory).send([rows(1, epoch=0)], again=False)
+
+
+def test_refusal_carries_the_servers_words(server: PlatformServer, memory: MemoryDict) -> None:
+    """400 becomes Refused with the platform's own message."""
+    server.fail(EVENTS, status=400, body={"error": "metrics too large"})
+    with pytest.raises(Refused, match="metrics too large"):
+        opened(memory).send([rows(1, epoch=0)], again=False)
+
+
+def test_a_bad_key_waits_for_a_new_one(
+    server: PlatformServer, memory: MemoryDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """401 is Unavailable, names the variable and does not show the key."""
+    wrong = "ul_" + "f" * 40
+    monkeypatch.setenv("ULTRALYTICS_API_KEY", wrong)
+    with pytest.raises(Unavailable, match="ULTRALYTICS_API_KEY") as caught:
+        opened(memory).send([rows(1, epoch=0)], again=False)
+    assert wrong not in str(caught.value)
+
+
+def test_missing_key_is_off(
+    server: PlatformServer, memory: MemoryDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a key the sink is off, and says which variable and where to get one."""
+    monkeypatch.delenv("ULTRALYTICS_API_KEY")
+    with pytest.raises(Off, match=r"ULTRALYTICS_API_KEY.*platform\.ultralytics\.com"):
+        opened(memory)
+
+
+def test_missing_project_is_off(server: PlatformServer, memory: MemoryDict) -> None:
+    """Without owner/project the sink is off and names the setting."""
+    with pytest.raises(Off, match="project"):
+        opened(memory, HubConfig())
+
+
+def test_nobody_there(memory: MemoryDict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that is down is Unavailable, and surely took nothing."""
+    monkeypatch.setenv("ULTRALYTICS_API_KEY", KEY)
+    monkeypatch.setenv("ULTRALYTICS_PLATFORM_URL", "http://127.0.0.1:9")
+    with pytest.raises(Unavailable) as caught:
+        opened(memory).send([rows(1, epoch=0)], again=False)
+    assert not isinstance(caught.value, http.NoAnswer)
+    assert memory.get("creating") is False
+
+
+def test_a_silent_host_is_not_waited_for(
+    server: PlatformServer, memory: MemoryDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call has a time-out."""
+    monkeypatch.setattr(http, "CALL_TIMEOUT_SECONDS", 0.1)
+    server.fail(EVENTS, mode="delay", seconds=0.5)
+    with pytest.raises(http.NoAnswer):
+        opened(memory).send([rows(1, epoch=0)], again=False)
+
+
+def test_lost_answer_of_an_epoch(server: PlatformServer, memory: MemoryDict) -> None:
+    """An epoch whose answer was lost is sent again and is there once."""
+    sink = opened(memory)
+    sink.send([params(1, a=1)], again=False)
+    batch = [rows(2, epoch=0, x=1.0)]
+    server.fail(EVENTS, mode="apply_then_cut")
+    with pytest.raises(Unavailable):
+        sink.send(batch, again=False)
+    assert sink.send(batch, again=True).delivered == 2
+    assert server.epochs(server.only()) == {0: {"x": 1.0}}
+
+
+def test_lost_answer_of_a_start_is_told(server: PlatformServer, memory: MemoryDict) -> None:
+    """A start without an answer may leave a second model, and that is counted."""
+    sink = opened(memory)
+    server.fail(EVENTS, mode="apply_then_cut")
+    with pytest.raises(Unavailable):
+        sink.send([params(1, a=1)], again=False)
+    assert sink.send([params(1, a=1)], again=True).maybe_duplicate == 1
+    assert [model.slug for model in server.models.values()] == ["digits-run", "digits-run-2"]
+
+
+def test_confirmed_lines_are_not_sent_twice(
+    server: PlatformServer, memory: MemoryDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a lost answer only the chunk in flight is sent again, and counted as maybe twice."""
+    monkeypatch.setattr(platform, "CHUNK_LINES", 2)
+    sink = opened(memory)
+    sink.send([params(1, a=1)], again=False)
+    batch: list[Item] = [text(seq, f"l{seq}") for seq in range(2, 8)]
+    original, seen = sink._wire.call, []
+
+    def cut_second(method: str, path: str, body: Any = None) -> dict[str, Any]:
+        seen.append(body)
+        if len(seen) == 2:
+            server.fail(EVENTS, mode="apply_then_cut")
+        return original(method, path, body)
+
+    monkeypatch.setattr(sink._wire, "call", cut_second)
+    with pytest.raises(Unavailable):
+        sink.send(batch, again=False)
+    sent = opened(memory).send(batch, again=True)
+    assert server.console(server.only()) == ["l2", "l3", "l4", "l5", "l4", "l5", "l6", "l7"]
+    assert (sent.delivered, sent.maybe_duplicate) == (6, 2)
+
+
+def test_halves_of_a_batch_do_not_repeat_lines(
+    server: PlatformServer, memory: MemoryDict, tmp_path: Path
+) -> None:
+    """When a refused item halves a batch, the lines that were confirmed before stay confirmed."""
+    sink = opened(memory)
+    poison = media(tmp_path, 9, b"bytes")
+    server.fail("models/upload", status=400, times=3)
+    with pytest.raises(Refused):
+        sink.send([text(1, "a"), text(2, "b"), poison], again=False)
+    assert sink.send([text(1, "a")], again=True).delivered == 1
+    with pytest.raises(Refused):
+        sink.send([text(2, "b"), poison], again=True)
+    assert sink.send([text(2, "b")], again=True).delivered == 1
+    assert server.console(server.only()) == ["a", "b"]
+
+
+def test_restart_with_an_open_epoch(server: PlatformServer, memory: MemoryDict) -> None:
+    """Points of an open epoch survive the process, and the epoch is whole."""
+    before = opened(memory).send([rows(1, a=1.0, b=2.0)], again=False)
+    after = opened(memory).send([rows(2, b=3.0), rows(3, epoch=0)], again=False)
+    assert server.epochs(server.only()) == {0: {"a": 1.0, "b": 3.0}}
+    assert total(before, after) == (3, {"not the last of its epoch": 1})
+
+
+def test_a_failed_send_leaves_no_trace(server: PlatformServer, memory: MemoryDict) -> None:
+    """Open points are not taken twice when a call fails and comes again."""
+    sink = opened(memory)
+    batch = [rows(1, a=1.0), rows(2, epoch=0), rows(3, a=2.0)]
+    server.fail(EVENTS, status=503, times=2)
+    for _ in range(2):
+        with pytest.raises(Unavailable):
+            sink.send(batch, again=True)
+    parts = sink.send(batch, again=True), sink.close("completed", "")
+    assert total(*parts) == (2, {"no epoch": 1})
+
+
+def test_checkpoint_bytes_are_equal(
+    server: PlatformServer, memory: MemoryDict, tmp_path: Path
+) -> None:
+    """A checkpoint arrives byte by byte and is promoted; the empty file too."""
+    body = bytes(range(256)) * 5000
+    files: list[Item] = [
+        media(tmp_path, 1, body, best=True),
+        media(tmp_path, 2, b"", final=True),
+    ]
+    sent = opened(memory).send(files, again=False)
+    assert server.checkpoints(server.only()) == [("best.pt", body), ("best.pt", b"")]
+    assert sent.delivered == 2
+
+
+def test_netrc_adds_no_credential(
+    server: PlatformServer, memory: MemoryDict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An entry in ~/.netrc neither replaces the key nor goes to the storage host."""
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password secret\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    sent = opened(memory).send([media(tmp_path, 1, b"x", best=True)], again=False)
+    assert sent.delivered == 1
+
+
+def test_failed_upload_is_done_again(
+    server: PlatformServer, memory: MemoryDict, tmp_path: Path
+) -> None:
+    """Storage that fails once gets the whole file the second time; the signature is not shown."""
+    sink = opened(memory)
+    server.fail("/storage/", mode="cut")
+    item = media(tmp_path, 1, b"weights" * 1000, best=True)
+    with pytest.raises(Unavailable) as caught:
+        sink.send([item], again=False)
+    assert "s3cret" not in str(caught.value)
+    assert sink.send([item], again=True).delivered == 1
+    assert server.checkpoints(server.only()) == [("best.pt", b"weights" * 1000)]
+
+
+def test_checkpoints_within_the_interval(
+    server: PlatformServer, memory: MemoryDict, tmp_path: Path
+) -> None:
+    """Of checkpoints in quick order the first, each best one and the newest go out."""
+    sink = opened(memory)
+    parts = [
+        sink.send([media(tmp_path, 1, b"1", minute=0)], again=False),
+        sink.send([media(tmp_path, 2, b"2", minute=1)], again=False),
+        sink.send([media(tmp_path, 3, b"3", minute=2, best=True)], again=False),
+        sink.send([media(tmp_path, 4, b"4", minute=3)], again=False),
+    ]
+    parts.append(opened(memory).close("completed", ""))
+    bodies = [body for _, body in server.checkpoints(server.only())]
+    assert bodies == [b"1", b"3", b"4"]
+    assert total(*parts) == (3, {"a newer checkpoint within the interval": 1})
+
+
+def test_what_has_no_place_is_skipped(
+    server: PlatformServer, memory: MemoryDict, tmp_path: Path
+) -> None:
+    """Images, figures, tables and files are skipped with the reason."""
+    kinds = ("image", "figure", "table", "file")
+    batch: list[Item] = [media(tmp_path, seq, b"", what) for seq, what in enumerate(kinds)]
+    sent = opened(memory).send(batch, again=False)
+    assert total(sent) == (0, {f"hub has no place for a {what}": 1 for what in kinds})
+
+
+def test_failed_state_is_told(server: PlatformServer, memory: MemoryDict) -> None:
+    """A failed run is failed at the platform with its reason; its summary joins the last epoch."""
+    sink = opened(memory)
+    parts = [sink.send([rows(1, epoch=0, x=1.0), summary(2, m=0.5)], again=False)]
+    parts.append(sink.close("failed", "RuntimeError: out of memory"))
+    model = server.models[server.only()]
+    assert (model.status, model.error) == ("failed", "failed: RuntimeError: out of memory")
+    assert (model.metrics, model.results) == ({0: {"x": 1.0, "final/m": 0.5}}, None)
+    assert total(*parts) == (3, {})
+
+
+def test_close_is_idempotent(server: PlatformServer, memory: MemoryDict) -> None:
+    """Closing twice counts once and tells once; a run that goes on is opened and closed again."""
+    sink = opened(memory)
+    sink.send([rows(1, x=1.0)], again=False)
+    assert total(sink.close("lost", "")) == (0, {"no epoch": 1})
+    requests = len(server.requests)
+    assert total(opened(memory).close("lost", "")) == (0, {})
+    assert len(server.requests) == requests
+    sink = opened(memory)
+    sink.send([rows(2, epoch=0, x=2.0)], again=False)
+    assert server.status(server.only()) == "running"
+    sink.close("completed", "")
+    assert server.status(server.only()) == "completed"
+
+
+def test_close_after_an_unanswered_close(server: PlatformServer, memory: MemoryDict) -> None:
+    """A close that failed comes again and still accounts for everything."""
+    sink = opened(memory)
+    sent = sink.send([rows(1, epoch=0, x=1.0), summary(2, m=1)], again=False)
+    server.fail(EVENTS, mode="apply_then_cut")
+    with pytest.raises(Unavailable):
+        sink.close("completed", "")
+    assert total(sent, sink.close("completed", "")) == (3, {})
+
+
+def test_a_stop_over_there_is_noticed(server: PlatformServer, memory: MemoryDict) -> None:
+    """`cancelled` in an answer is kept for whoever may stop the training."""
+    sink = opened(memory)
+    sink.send([params(1, a=1)], again=False)
+    assert sink.stop_asked is None
+    server.cancel(server.only(), "stopped by owner")
+    sink.send([rows(2, epoch=0)], again=False)
+    assert sink.stop_asked == "stopped by owner"
+
+
+def test_ignored_is_not_delivered(server: PlatformServer, memory: MemoryDict) -> None:
+    """What the platform says it ignored is counted as skipped."""
+    sink = opened(memory)
+    sink.send([params(1, a=1)], again=False)
+    server.models[server.only()].ignored = "stale_instance"
+    sent = sink.send([rows(2, epoch=0, x=1.0), text(3, "l")], again=False)
+    assert total(sent) == (0, {"ignored by the platform": 3})
+
+
+def everything(folder: Path) -> Sequence[Sequence[Item]]:
+    return [
+        [params(1, lr=0.1), text(2, "{rankgate:model}"), rows(3, epoch=0, x=math.nan, y=2.0)],
+        [media(folder, 4, b"best bytes" * 999, best=True, epoch=0), rows(5, epoch=1, y=3.0)],
+        [rows(6, y=4.0), summary(7, map=0.9)],
+    ]
+
+
+def record(server: PlatformServer) -> dict[str, Any]:
+    (model,) = server.models.values()
+    results = {k: v for k, v in (model.results or {}).items() if k != "modelPath"}
+    return {
+        "args": model.train_args,
+        "epochs": model.metrics,
+        "chunks": model.chunks,
+        "checkpoints": model.checkpoints,
+        "results": results,
+        "status": model.status,
+    }
+
+
+def export(folder: Path, blobs: Path) -> tuple[HubExport, list[Sent]]:
+    sink = HubExport(CONFIG, folder)
+    sink.open(RUN, MemoryDict())
+    parts = [sink.send(batch, again=False) for batch in everything(blobs)]
+    return sink, [*parts, sink.close("completed", "")]
+
+
+def test_bundle_gives_the_same_record_as_online(
+    server: PlatformServer, memory: MemoryDict, tmp_path: Path
+) -> None:
+    """A bundle that is sent later leaves at the platform what an online run leaves."""
+    sink = opened(memory)
+    online = [sink.send(batch, again=False) for batch in everything(tmp_path)]
+    online.append(sink.close("completed", ""))
+    expected = record(server)
+    _, offline = export(tmp_path / "bundle", tmp_path)
+    server.models.clear()
+    done = send_bundle(tmp_path / "bundle", CONFIG)
+    assert record(server) == expected
+    assert total(*offline) == total(*online)
+    assert done.refused == []
+
+
+def test_bundle_holds_no_key(server: PlatformServer, tmp_path: Path) -> None:
+    """No file of a bundle has the key in it, and exporting sends nothing."""
+    export(tmp_path / "bundle", tmp_path)
+    files = [path for path in (tmp_path / "bundle").rglob("*") if path.is_file()]
+    assert len(files) == 3
+    assert not any(KEY.encode() in path.read_bytes() for path in files)
+    assert server.requests == []
+
+
+def test_bundle_goes_on_after_an_outage(server: PlatformServer, tmp_path: Path) -> None:
+    """Sending a bundle waits when asked to, and goes on where it stopped."""
+    export(tmp_path / "bundle", tmp_path)
+    waits: list[float] = []
+    server.fail(EVENTS, status=429, times=2, Retry_After="3")
+    server.fail("/storage/", status=503)
+    with pytest.raises(Unavailable):
+        send_bundle(tmp_path / "bundle", CONFIG, waits.append)
+    send_bundle(tmp_path / "bundle", CONFIG, waits.append)
+    send_bundle(tmp_path / "bundle", CONFIG, waits.append)
+    assert waits == [3.0, 3.0]
+    assert server.status(server.only()) == "completed"
+    assert server.console(server.only()) == ["{rankgate:model}"]
+
+
+def test_an_unfinished_bundle_is_refused(server: PlatformServer, tmp_path: Path) -> None:
+    """A bundle without its last file was not closed and is not sent."""
+    sink = HubExport(CONFIG, tmp_path)
+    sink.open(RUN, MemoryDict())
+    sink.send([params(1, a=1)], again=False)
+    with pytest.raises(Refused, match="not a whole bundle"):
+        send_bundle(tmp_path, CONFIG)
+
+
+def test_export_cuts_what_a_dead_process_wrote(tmp_path: Path, memory: MemoryDict) -> None:
+    """Requests without a receipt are cut off when the batch comes again."""
+    sink = HubExport(CONFIG, tmp_path)
+    sink.open(RUN, memory)
+    sink.send([params(1, a=1)], again=False)
+    receipt = dict(memory.data)
+    sink.send([text(2, "once")], again=False)
+    memory.data = receipt
+    again = HubExport(CONFIG, tmp_path)
+    again.open(RUN, memory)
+    again.send([text(2, "once")], again=True)
+    again.close("completed", "")
+    assert (tmp_path / "requests.jsonl").read_text().count("once") == 1
