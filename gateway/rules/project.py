@@ -131,7 +131,7 @@ class Projection:
         self.generations = Generations()
         self.gate = Gate()
         self.counters: dict[str, int] = {}
-        self.media_wanted: dict[tuple[int, int], tuple[int, str]] = {}  # no blob yet
+        self.media_wanted: dict[tuple[int, int], str] = {}  #: (stream, seq) → rule, no blob yet
         self.launchers: dict[str, int] = {}  #: launch → exit code of its launcher
         self.duplicates = 0
         self.now_ns = 0
@@ -221,13 +221,12 @@ class Projection:
     def _blob(self, entry: int, stream: Stream, body: dict[str, Any]) -> None:
         """A file's last byte: only now may a sink see it."""
         key = (stream.index, body["media"])
-        row = self.media_wanted.pop(key, None)
-        if row is None:
+        rule = self.media_wanted.pop(key, None)
+        if rule is None:
             return  # told twice, as a sender may not hear our answer
-        id_, rule = row
         self._changes.blobs.append((body["sha256"], body["size"], *key))
         if rule:
-            feed = (entry, "media", id_, stream.index, body["media"], body["media"], rule)
+            feed = (entry, "media", 0, stream.index, body["media"], body["media"], rule)
             self._feed.append((self._next(), feed))
 
     def _touch(self, stream: Stream) -> None:
@@ -447,20 +446,21 @@ class Projection:
     def _item(self, entry: int, stream: Stream, head: Head, body: dict[str, Any]) -> None:
         kind, where = ITEM_KINDS[Kind(head.kind)], (stream.index, head.seq, int(body["w"]))
         step = body.get("s")
+        if step is not None and not isinstance(step, int):
+            raise TypeError(type(step).__name__)
+        if kind == "media":
+            named = (str(body["what"]), str(body["key"]), str(body["name"]))
+            meta = dict(body.get("meta") or {})
+            rule = self._gated(kind, stream.rank, 1)
+            self._changes.media.append((*where, step, *named, meta, rule))
+            self.media_wanted[stream.index, head.seq] = rule  # in the feed once its bytes are here
+            return
         if kind == "text":
-            row = (*where, step, str(body["l"]), str(body["t"]))
-            self._changes.texts.append(row)
-        elif kind == "media":
-            name = (str(body["what"]), str(body["key"]), str(body["name"]))
-            row = (*where, step, *name, body.get("meta") or {})
-            self._changes.media.append(row)
+            self._changes.texts.append((*where, step, str(body["l"]), str(body["t"])))
         else:
             self._changes.maps.append((kind, *where, dict(body["v"])))
         rule = self._gated(kind, stream.rank, 1)
-        if kind == "media":
-            # It enters the feed when its bytes are here.
-            self.media_wanted[stream.index, head.seq] = (0, rule)
-        elif rule:
+        if rule:
             feed = (entry, kind, 0, stream.index, head.seq, head.seq, rule)
             self._feed.append((self._next(), feed))
 
@@ -473,7 +473,7 @@ class Projection:
             wanted = self.media_wanted.pop((stream.index, body.get("media", -1)), None)
             if wanted is not None:
                 self._changes.lost_media.append((reason, stream.index, body["media"]))
-                if wanted[1]:
+                if wanted:
                     self._count("passed media", -1)
                     self._count("lost media")
         elif head.kind == Kind.END:

@@ -33,13 +33,23 @@ def open_writer(path: Path, synchronous: int) -> apsw.Connection:
 def open_reader(path: Path) -> apsw.Connection:
     """Read-only. On a read-only mount there is no shared-memory file to make: open immutable."""
     try:
-        db = apsw.Connection(f"file:{_quote(path)}?mode=ro", apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
+        db = _connect(path, "mode=ro")
         db.set_busy_timeout(BUSY_MS)
         db.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchall()
     except (apsw.CantOpenError, apsw.ReadOnlyError):
-        db = apsw.Connection(f"file:{_quote(path)}?immutable=1", apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
+        db = _connect(path, "immutable=1")
     return db
+
+
+def _connect(path: Path, how: str) -> apsw.Connection:
+    flags = apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI
+    return apsw.Connection(f"file:{_quote(path)}?{how}", flags)
 
 
 def _quote(path: Path) -> str:
     return str(path).replace("%", "%25").replace("?", "%3f").replace("#", "%23")
+
+
+def fetch(db: apsw.Connection, sql: str, args: tuple[Any, ...] = ()) -> list[Any]:
+    """All rows at once: an open cursor would keep the write-ahead log from ever shrinking."""
+    return list(db.execute(sql, args).fetchall())

@@ -1,7 +1,7 @@
 -- series.db: a projection of the journal. Delete it and it is rebuilt; never edit it.
 -- Times are ns since 1970 UTC; `stream` is the index of a stream in the order of its `open` entry.
 
-CREATE TABLE about(name TEXT PRIMARY KEY, value) STRICT, WITHOUT ROWID;
+CREATE TABLE about(name TEXT PRIMARY KEY, value ANY NOT NULL) STRICT, WITHOUT ROWID;
 
 CREATE TABLE stream(
   id INTEGER PRIMARY KEY, stream BLOB NOT NULL UNIQUE, hello BLOB NOT NULL,

@@ -17,8 +17,9 @@ import numpy.typing as npt
 
 from rank_client.wire.records import HEADER_BYTES, ROW_HEAD_BYTES
 
-from ..rules.project import TAIL_HEAD_COLUMNS, Changes, Generations, Layout, Projection, Stream
-from .db import open_writer
+from ..rules.generations import Generations
+from ..rules.project import TAIL_HEAD_COLUMNS, Changes, Layout, Projection, Stream
+from .db import fetch, open_writer
 
 FORMAT = 1
 SEAL_ROWS = 4096
@@ -71,7 +72,7 @@ class Series:
 
     @staticmethod
     def _about(db: apsw.Connection) -> tuple[Any, Any]:
-        found = dict(db.execute("SELECT name, value FROM about").fetchall())
+        found = dict(fetch(db, "SELECT name, value FROM about"))
         return found.get("format"), found.get("journal")
 
     def close(self) -> None:
@@ -121,14 +122,11 @@ class Series:
         )
 
     def _write_media(self, changes: Changes) -> None:
-        db, wanted = self.db, self.projection.media_wanted
+        db = self.db
         db.executemany(
             "INSERT INTO media(stream, seq, wall, step, what, key, name, meta, rule)"
             " VALUES(?,?,?,?,?,?,?,?,?)",
-            [
-                (*row[:7], msgpack.packb(row[7]), wanted.get((row[0], row[1]), (0, ""))[1])
-                for row in changes.media
-            ],
+            [(*row[:7], msgpack.packb(row[7]), row[8]) for row in changes.media],
         )
         db.executemany(
             "UPDATE media SET sha256 = ?, size = ? WHERE stream = ? AND seq = ?", changes.blobs
@@ -161,9 +159,9 @@ class Series:
             "INSERT INTO tail(keyset, n, body) VALUES(?,?,?)", (keyset, len(rows), rows.tobytes())
         )
         db.execute("UPDATE keyset SET rows = rows + ? WHERE id = ?", (len(rows), keyset))
-        (keys, total, sealed) = db.execute(
-            "SELECT keys, rows, sealed FROM keyset WHERE id = ?", (keyset,)
-        ).fetchone()
+        [(keys, total, sealed)] = fetch(
+            db, "SELECT keys, rows, sealed FROM keyset WHERE id = ?", (keyset,)
+        )
         size = seal_rows(len(keys) // 4)
         if total - sealed >= size:
             self._seal(keyset, np.frombuffer(keys, "<u4"), sealed, size)
@@ -171,7 +169,7 @@ class Series:
     def _seal(self, keyset: int, keys: npt.NDArray[Any], sealed: int, size: int) -> None:
         """Turn the tail's full stretches into segments; what is left stays in the tail."""
         db = self.db
-        bodies = db.execute("SELECT body FROM tail WHERE keyset = ? ORDER BY id", (keyset,))
+        bodies = fetch(db, "SELECT body FROM tail WHERE keyset = ? ORDER BY id", (keyset,))
         width = TAIL_HEAD_COLUMNS + len(keys)
         rows = np.frombuffer(b"".join(b for (b,) in bodies), "<u8").reshape(-1, width)
         whole = len(rows) // size * size
@@ -223,20 +221,22 @@ class Series:
         where = "keyset = ? AND ordinal BETWEEN ? AND ?"
         span = (keyset, first, first + MERGE - 1)
         parts = []
-        for ordinal, streams, offsets, n, *columns in db.execute(
+        for ordinal, streams, offsets, n, *columns in fetch(
+            db,
             f"SELECT ordinal, streams, offsets, n, seq, step, wall FROM segment WHERE {where}"  # noqa: S608
             " ORDER BY ordinal",
             span,
-        ).fetchall():
+        ):
             block = np.empty((TAIL_HEAD_COLUMNS + len(keys), n), np.uint64)
             block[0] = expand(streams, offsets, n)
             for i, column in enumerate(columns):
                 block[1 + i] = np.frombuffer(column, "<u8")
             for i, key in enumerate(keys):
-                (vals,) = db.execute(
+                [(vals,)] = fetch(
+                    db,
                     "SELECT vals FROM col WHERE key = ? AND keyset = ? AND ordinal = ?",
                     (int(key), keyset, ordinal),
-                ).fetchone()
+                )
                 block[TAIL_HEAD_COLUMNS + i] = np.frombuffer(vals, "<u8")
             parts.append(block.T)
         db.execute(f"DELETE FROM segment WHERE {where}", span)  # noqa: S608
@@ -263,19 +263,19 @@ def _stream_row(s: Stream) -> tuple[Any, ...]:
 def load(db: apsw.Connection) -> tuple[Projection, int]:
     """The projection as it was after the last transaction, and its cursor."""
     projection = Projection()
-    about = dict(db.execute("SELECT name, value FROM about").fetchall())
+    about: dict[str, Any] = dict(fetch(db, "SELECT name, value FROM about"))
     projection.keys = {
-        (name, kind): id_ for id_, name, kind in db.execute("SELECT id, name, type FROM key")
+        (name, kind): id_ for id_, name, kind in fetch(db, "SELECT id, name, type FROM key")
     }
     by_id = {id_: column for column, id_ in projection.keys.items()}
-    for id_, keys in db.execute("SELECT id, keys FROM keyset"):
+    for id_, keys in fetch(db, "SELECT id, keys FROM keyset"):
         columns = tuple(by_id[int(k)] for k in np.frombuffer(keys, "<u4"))
         projection.keysets[columns] = id_
     _load_streams(db, projection)
-    for stream, seq, rule in db.execute(
-        "SELECT stream, seq, rule FROM media WHERE sha256 IS NULL AND lost IS NULL"
+    for stream, seq, rule in fetch(
+        db, "SELECT stream, seq, rule FROM media WHERE sha256 IS NULL AND lost IS NULL"
     ):
-        projection.media_wanted[stream, seq] = (0, rule)
+        projection.media_wanted[stream, seq] = rule
     if "generations" in about:
         projection.generations = Generations.load(
             msgpack.unpackb(about["generations"], strict_map_key=False)
@@ -291,14 +291,14 @@ def _load_streams(db: apsw.Connection, projection: Projection) -> None:
     by_keyset = {id_: columns for columns, id_ in projection.keysets.items()}
     streams: dict[int, Stream] = {}
     names = ("id", "stream", "hello", "rank", "kind", *_STREAM_COLUMNS)
-    for row in db.execute(f"SELECT {','.join(names)} FROM stream ORDER BY id"):  # noqa: S608
+    for row in fetch(db, f"SELECT {','.join(names)} FROM stream ORDER BY id"):  # noqa: S608
         values = dict(zip(names, row, strict=True))
         hello = msgpack.unpackb(values.pop("hello"))
         index, id_ = values.pop("id"), values.pop("stream")
         values["bye"] = bool(values["bye"])
         stream = Stream(index=index, id=id_, hello={**hello, "stream": id_}, **values)
         streams[index] = projection.streams[id_] = stream
-    for index, schema, keyset, take in db.execute("SELECT stream, schema, keyset, take FROM layout"):
+    for index, schema, keyset, take in fetch(db, "SELECT stream, schema, keyset, take FROM layout"):
         columns = by_keyset[keyset]
         order = None
         if take:

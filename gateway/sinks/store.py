@@ -1,0 +1,194 @@
+"""What a sink remembers: its cursor, intent, receipt, quarantine and the backend's own notes.
+
+One SQLite file per (run, sink), synchronous=FULL, written by that sink's process alone. Anyone
+may read it with `read_view`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import apsw
+import msgpack
+
+from ..series.db import fetch, open_reader, open_writer
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS about(name TEXT PRIMARY KEY, value ANY) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS memory(name TEXT PRIMARY KEY, value BLOB) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS taken(
+  stream BLOB NOT NULL, kind TEXT NOT NULL, last INTEGER NOT NULL, PRIMARY KEY(stream, kind)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS taken_media(
+  stream BLOB NOT NULL, seq INTEGER NOT NULL, PRIMARY KEY(stream, seq)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS skipped(
+  reason TEXT PRIMARY KEY, items INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS quarantine(
+  id INTEGER PRIMARY KEY, at_ns INTEGER NOT NULL, items INTEGER NOT NULL,
+  what TEXT NOT NULL, reason TEXT NOT NULL
+) STRICT;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class SinkView:
+    """A sink as people see it. Counts are items; `passed` − all others = waiting."""
+
+    name: str
+    state: str  #: starting | delivering | retrying | drained | off | exported
+    reason: str
+    delivered: int
+    skipped: dict[str, int]
+    quarantined: int
+    maybe_duplicate: int
+    sent_wall_ns: int  #: wall time of the newest item delivered
+    updated_ns: int
+    export: str  #: the folder of a whole offline export, or empty
+
+    def waiting(self, passed: int) -> int:
+        """Items that passed the rules and are neither delivered nor skipped nor quarantined."""
+        return max(0, passed - self.delivered - sum(self.skipped.values()) - self.quarantined)
+
+
+class Store:
+    """The writing end. `get`, `put` and `put_now` are the `Memory` a sink sees."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.db = open_writer(path, synchronous=2)
+        with self.db:
+            for _ in self.db.execute(_SCHEMA):
+                pass
+        self._puts: dict[str, Any] = {}
+
+    def close(self) -> None:
+        self.db.close()
+
+    # --- what a sink remembers -------------------------------------------------------------------
+
+    def get(self, key: str) -> Any:
+        if key in self._puts:
+            return self._puts[key]
+        found = fetch(self.db, "SELECT value FROM memory WHERE name = ?", (key,))
+        return msgpack.unpackb(found[0][0], strict_map_key=False) if found else None
+
+    def put(self, key: str, value: Any) -> None:
+        self._puts[key] = value
+
+    def put_now(self, key: str, value: Any) -> None:
+        self._puts.pop(key, None)
+        self._write_memory({key: value})
+
+    def _write_memory(self, values: dict[str, Any]) -> None:
+        self.db.executemany(
+            "INSERT OR REPLACE INTO memory VALUES(?, ?)",
+            [(name, msgpack.packb(value)) for name, value in values.items()],
+        )
+
+    def forget_puts(self) -> None:
+        """A call failed: what it meant to remember with its receipt is not so."""
+        self._puts.clear()
+
+    # --- what the loop remembers -----------------------------------------------------------------
+
+    def about(self, name: str, otherwise: Any = None) -> Any:
+        found = fetch(self.db, "SELECT value FROM about WHERE name = ?", (name,))
+        return found[0][0] if found else otherwise
+
+    def set(self, **values: Any) -> None:
+        values["updated_ns"] = time.time_ns()
+        with self.db:
+            self._set(values)
+
+    def _set(self, values: dict[str, Any]) -> None:
+        self.db.executemany("INSERT OR REPLACE INTO about VALUES(?, ?)", list(values.items()))
+
+    def taken(self) -> tuple[dict[tuple[bytes, str], int], set[tuple[bytes, int]]]:
+        """(stream, kind) → last seq dealt with; (stream, seq) of the files dealt with."""
+        spans = {(s, k): last for s, k, last in fetch(self.db, "SELECT * FROM taken")}
+        return spans, {(s, q) for s, q in fetch(self.db, "SELECT * FROM taken_media")}
+
+    def intend(self, batch: int) -> None:
+        """Before a delivery: should we die now, the next life knows that this may be there."""
+        self.set(intent=batch)
+
+    def receipt(
+        self,
+        *,
+        delivered: int,
+        skipped: dict[str, int],
+        maybe_duplicate: int,
+        spans: dict[tuple[bytes, str], int],
+        media: Iterable[tuple[bytes, int]],
+        quarantine: Iterable[tuple[int, str, str]],
+        about: dict[str, Any],
+    ) -> None:
+        """After a delivery: counts, cursor and the sink's own notes in one transaction."""
+        now = time.time_ns()
+        with self.db:
+            self._write_memory(self._puts)
+            self.db.executemany(
+                "INSERT OR REPLACE INTO taken VALUES(?,?,?)",
+                [(stream, kind, last) for (stream, kind), last in spans.items()],
+            )
+            self.db.executemany("INSERT OR IGNORE INTO taken_media VALUES(?,?)", list(media))
+            self.db.executemany(
+                "INSERT INTO skipped VALUES(?,?)"
+                " ON CONFLICT(reason) DO UPDATE SET items = items + excluded.items",
+                list(skipped.items()),
+            )
+            self.db.executemany(
+                "INSERT INTO quarantine(at_ns, items, what, reason) VALUES(?,?,?,?)",
+                [(now, items, what, reason) for items, what, reason in quarantine],
+            )
+            self._set(
+                {
+                    **about,
+                    "delivered": self.about("delivered", 0) + delivered,
+                    "maybe_duplicate": self.about("maybe_duplicate", 0) + maybe_duplicate,
+                    "intent": 0,
+                    "updated_ns": now,
+                }
+            )
+        self._puts.clear()
+
+
+def read_view(path: Path) -> SinkView:
+    """How a sink stands, from its file alone. Raises apsw.Error when there is none."""
+    db = open_reader(path)
+    try:
+        with db:
+            about: dict[str, Any] = dict(fetch(db, "SELECT name, value FROM about"))
+            skipped = dict(fetch(db, "SELECT reason, items FROM skipped"))
+            [(quarantined,)] = fetch(db, "SELECT coalesce(sum(items), 0) FROM quarantine")
+    finally:
+        db.close()
+    return SinkView(
+        path.stem,
+        about.get("state", "starting"),
+        about.get("reason", ""),
+        about.get("delivered", 0),
+        skipped,
+        quarantined,
+        about.get("maybe_duplicate", 0),
+        about.get("sent_wall_ns", 0),
+        about.get("updated_ns", 0),
+        about.get("export", ""),
+    )
+
+
+def read_views(run_dir: Path) -> list[SinkView]:
+    """Every sink of a run, by name."""
+    out = []
+    for path in sorted((run_dir / "sinks").glob("*.db")):
+        try:
+            out.append(read_view(path))
+        except apsw.Error:
+            continue  # being made at this moment
+    return out
