@@ -56,9 +56,7 @@ class Deferral:
     def pending(self) -> int:
         return len(self._calls)
 
-    def add(
-        self, step: int, wall_ns: int, good: dict[str, Any], waiting: dict[str, Any]
-    ) -> bool:
+    def add(self, step: int, wall_ns: int, good: dict[str, Any], waiting: dict[str, Any]) -> bool:
         """Queue the copies. False when too many wait already."""
         if len(self._calls) >= MAX_PENDING:
             return False
@@ -69,13 +67,17 @@ class Deferral:
 
     def ready(self) -> Iterator[tuple[int, int, dict[str, Any], dict[str, str]]]:
         """(step, wall_ns, values, bad) of each call whose values are here; `bad` says why not."""
+        done, waiting = [], []
         with self._lock:
-            done = [call for call in self._calls if call[4]()]
-            for call in done:
-                self._calls.remove(call)
-        for step, wall_ns, good, keys, _, values in done:
-            result, bad = dict(good), {}
-            for key, host in zip(keys, values(), strict=True):
+            for call in self._calls:
+                try:
+                    (done if call[4]() else waiting).append((call, ""))
+                except Exception as error:  # the device has failed: its values will never come
+                    done.append((call, str(error) or type(error).__name__))
+            self._calls[:] = [call for call, _ in waiting]
+        for (step, wall_ns, good, keys, _, values), failure in done:
+            result, bad = dict(good), dict.fromkeys(keys, failure) if failure else {}
+            for key, host in () if failure else zip(keys, values(), strict=True):
                 try:
                     result[key] = scalar(host)
                 except Exception as error:  # a device error surfaces here, in our thread

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-RUN_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+from .wire.keys import valid_run_id
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,6 @@ class Place:
     world_size: int
     local_world_size: int
     launcher: str  #: torch | slurm | mpi | explicit | none
-
-
-def valid_run_id(text: str) -> bool:
-    return RUN_ID.fullmatch(text) is not None and text not in (".", "..")
 
 
 def safe_run_id(text: str) -> str:

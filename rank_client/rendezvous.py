@@ -13,7 +13,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 #: bytes of gateway.lock, each locked by one owner for as long as it lives
@@ -84,13 +84,19 @@ def gateway_command(*arguments: str) -> list[str]:
     return [sys.executable, "-c", code, *arguments]
 
 
-def start_gateway(directory: Path, environ: Mapping[str, str]) -> bool:
+def start_gateway(
+    directory: Path, environ: Mapping[str, str], config: str = "", sinks: Sequence[str] = ()
+) -> bool:
     """Start one detached, unless another process is just doing so. Raises OSError.
+
+    `config` is a TOML file, `sinks` are `NAME[=offline]`; neither changes a gateway that runs.
 
     Elected by a lock on gateway.lock; the gateway takes its own byte of it, so that a start that
     comes too late simply leaves.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    configured = environ.get("RANKGATE_CONFIG", "")
+    configured = str(Path(configured).absolute()) if configured else ""
     lock_file = directory / "gateway.lock"
     fd = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
@@ -99,7 +105,7 @@ def start_gateway(directory: Path, environ: Mapping[str, str]) -> bool:
         fcntl.lockf(fd, fcntl.LOCK_UN, 1, LOCK_GATEWAY)
         with (directory / "gateway.log").open("ab") as log:
             process = subprocess.Popen(
-                gateway_command("serve", "--dir", str(directory), "--detached"),
+                gateway_command("detached", str(directory), config or configured, *sinks),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

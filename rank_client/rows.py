@@ -20,11 +20,12 @@ from .wire.records import (
     HEADER_BYTES,
     MAX_EVENT_BYTES,
     MAX_KEYS,
-    MAX_SCHEMAS,
     ROW_HEAD_BYTES,
     Kind,
     Schema,
 )
+
+KV_BYTES = 128 << 10  #: of a map, so that a frame with it stays far below its limit
 
 _CRC = struct.Struct("<I").pack_into
 _FLOATS = frozenset({float})
@@ -133,6 +134,9 @@ class Rows:
                 self._bad("keys", key, f"is beyond the {MAX_KEYS:,} keys a rank may log")
                 return
             self._keys.add(key)
+        if key in good or key in waiting:
+            self._bad(f"key {key}", key, "stands twice in the call")
+            return
         try:
             if on_device(value):
                 if value.numel() != 1:
@@ -164,18 +168,15 @@ class Rows:
         """The packer of a schema, made when it is new; None when it must go as a map."""
         packer = self._schemas.get((keys, types))
         if packer is None:
-            with self._spool.lock:
-                if len(self._spool.schemas) >= MAX_SCHEMAS:
-                    return None
-                if HEADER_BYTES + ROW_HEAD_BYTES + 8 * len(keys) > MAX_EVENT_BYTES:
-                    return None
-                schema, record = self._spool.add_schema(keys, types)
-                packer = self._schemas[keys, types] = _Packer(schema, record)
+            if HEADER_BYTES + ROW_HEAD_BYTES + 8 * len(keys) > MAX_EVENT_BYTES:
+                return None
+            made = self._spool.add_schema(keys, types)
+            if made is None:
+                return None
+            packer = self._schemas[keys, types] = _Packer(*made)
         return packer
 
-    def _remember(
-        self, keys: tuple[str, ...], raw: tuple[type, ...], good: dict[str, Any]
-    ) -> None:
+    def _remember(self, keys: tuple[str, ...], raw: tuple[type, ...], good: dict[str, Any]) -> None:
         """Let the next call with these keys and types take the fast path."""
         kinds = [known(t) for t in raw]
         packer = self._schemas.get((keys, tuple(map(column_type, good.values()))))
@@ -189,12 +190,22 @@ class Rows:
 
     def _write_map(self, step: int, wall_ns: int, values: dict[str, Any]) -> None:
         """The form for streams with too many schemas, in as many records as the size asks."""
-        items = list(values.items())
-        for i in range(0, len(items), 2000):
-            body = {"s": step, "w": wall_ns, "m": monotonic_ns(), "v": dict(items[i : i + 2000])}
-            self._spool.append_map(Kind.KV, body)
+        part: dict[str, Any] = {}
+        size = 0
+        for key, value in values.items():
+            length = 4 * len(key) + 12  # at most
+            if part and size + length > KV_BYTES:
+                self._append_part(step, wall_ns, part)
+                part, size = {}, 0
+            part[key] = value
+            size += length
+        self._append_part(step, wall_ns, part)
         self.last_step = step
         self.last_log_ns = wall_ns
+
+    def _append_part(self, step: int, wall_ns: int, part: dict[str, Any]) -> None:
+        body = {"s": step, "w": wall_ns, "m": monotonic_ns(), "v": part}
+        self._spool.append_map(Kind.KV, body)
 
     # --- device tensors ----------------------------------------------------------------------------
 
@@ -231,5 +242,3 @@ def _step(step: Any) -> int:
     if isinstance(number, float):
         return _step(number)
     return int(number)
-
-

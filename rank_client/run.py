@@ -28,6 +28,7 @@ from .rows import Rows
 from .sender import Sender, jitter, new_stream_id
 from .spool import Spool, spool_root
 from .values import clean_key, flatten, plain
+from .wire.keys import valid_run_id
 from .wire.records import Kind
 from .wire.session import ClientSession
 
@@ -468,7 +469,7 @@ def _check(
     for label, value in (("project", project), ("name", name), ("run", run), ("gateway", gateway)):
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{label} must be a string, not {type(value).__name__}")
-    if run is not None and not identity.valid_run_id(run):
+    if run is not None and not valid_run_id(run):
         raise ValueError(f"run must match [A-Za-z0-9._-]{{1,64}}, and {run!r} does not")
     if config is not None and not isinstance(config, Mapping):
         raise ValueError(f"config must be a dict, not {type(config).__name__}")

@@ -22,6 +22,7 @@ CLOSING_TICK_SECONDS = 0.005
 SYNC_SECONDS = 1.0
 ABSENT_WARN_SECONDS = 10.0
 START_RETRY_SECONDS = 5.0
+START_RETRY_MAX_SECONDS = 60.0
 
 Warn = Callable[[str, str], None]
 
@@ -107,7 +108,7 @@ class Sender:
         link: Link | None = None
         carrier: Carrier | None = None
         tick, last, synced = TICK_SECONDS, self._spool.last, time.monotonic()
-        start_at = synced
+        start_at, start_pause = synced, START_RETRY_SECONDS
         while not self._stop.is_set():
             now = time.monotonic()
             if link is None and self._online:
@@ -122,7 +123,8 @@ class Sender:
                 synced = now
                 self._upkeep()
             if self._online and self.session.state == "hello" and now >= start_at:
-                start_at = now + START_RETRY_SECONDS
+                start_at = now + start_pause
+                start_pause = min(start_pause * 2, START_RETRY_MAX_SECONDS)
                 self._look_for_gateway(now)
             # A tick that finds one record is too short: one frame a record is what costs.
             found, last = self._spool.last - last, self._spool.last

@@ -18,7 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from .wire.disk import Disk, OsDisk
-from .wire.records import UNNUMBERED, Kind, Schema, pack_map, walk
+from .wire.records import (
+    MAX_EVENT_BYTES,
+    MAX_SCHEMA_BYTES,
+    MAX_SCHEMAS,
+    UNNUMBERED,
+    Kind,
+    Schema,
+    pack_map,
+    walk,
+)
 from .wire.segments import SPOOL_SEGMENT_BYTES, SegmentLog, segment_path
 
 MARK_BYTES = 32 << 10  #: a place to cut a frame, so that the sender never parses records
@@ -77,6 +86,8 @@ class Spool:
         self._log = SegmentLog(self._disk, directory or "", self._opening, segment_bytes)
         self._log_end: tuple[_Segment, int, int] | None = None  # one tuple: no torn view
         self._marked = 0
+        self._schema_bytes = 0
+        self._gone = 0  # the highest number that was only ever in memory, and is forgotten
         self._unsynced = False
         self._at: tuple[_Segment, int, int] | None = None  # reader: (segment, number, offset)
         try:
@@ -93,8 +104,13 @@ class Spool:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         # A POSIX lock, not flock: a forked child would keep a flock alive after our death.
         # Opened once: closing any other descriptor of the file would drop the lock.
-        self._lock_fd = os.open(f"{self.directory}/lock", flags, 0o600)
-        fcntl.lockf(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fd = os.open(f"{self.directory}/lock", flags, 0o600)
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            raise
+        self._lock_fd = fd
         self._counts_fd = os.open(f"{self.directory}/counts", flags, 0o600)
         os.pwrite(self._counts_fd, bytes(4096), 0)
         self._roll()
@@ -151,14 +167,30 @@ class Spool:
             if self.owed:
                 self.tell_losses()
             number = self.last + 1
-            return number if self.append(pack_map(kind, number, body)) else 0
+            record = pack_map(kind, number, body)
+            if len(record) > MAX_EVENT_BYTES:
+                self.refuse("too large")
+                return 0
+            return number if self.append(record) else 0
 
-    def add_schema(self, keys: tuple[str, ...], types: tuple[str, ...]) -> tuple[Schema, bytes]:
-        """Intern a schema; its record must be given as `before` of the first row that uses it."""
+    def add_schema(
+        self, keys: tuple[str, ...], types: tuple[str, ...]
+    ) -> tuple[Schema, bytes] | None:
+        """Intern a schema; its record must be given as `before` of the first row that uses it.
+
+        None when there are too many: all of them open each segment, and so stand in one frame.
+        """
         with self.lock:
+            left = MAX_SCHEMA_BYTES - self._schema_bytes
+            if len(self.schemas) >= MAX_SCHEMAS or sum(map(len, keys)) > left:
+                return None
             schema = Schema(len(self.schemas), keys, types)
+            record = schema.pack(self.last + 1)
+            if len(record) > left:
+                return None
+            self._schema_bytes += len(record)
             self.schemas.append(schema)
-            return schema, schema.pack(self.last + 1)
+            return schema, record
 
     def refuse(self, reason: str, calls: int = 1) -> None:
         """Count calls that get no number; a LOSS record tells of them with the next append."""
@@ -184,9 +216,11 @@ class Spool:
         """Write LOSS records for the refusals since the last; the caller holds `lock`."""
         owed, self.owed = self.owed, {}
         for reason, calls in owed.items():
-            body = {"n": calls, "reason": reason}
-            if not self.append(pack_map(Kind.LOSS, self.last + 1, body)):
-                self.owed[reason] = self.owed.get(reason, 0) + calls
+            record = pack_map(Kind.LOSS, self.last + 1, {"n": calls, "reason": reason})
+            if self.volatile and self._ring_bytes + len(record) > RING_BYTES:
+                self.owed[reason] = self.owed.get(reason, 0) + calls  # later, when there is room
+            else:
+                self.append(record)
 
     def _append_ring(self, record: bytes) -> bool:
         if self._ring_bytes + len(record) > RING_BYTES:
@@ -202,7 +236,7 @@ class Spool:
     @property
     def first_kept(self) -> int:
         if self._segments:
-            return self._segments[0].first
+            return max(self._segments[0].first, self._gone + 1)
         return self._ring[0][0] if self._ring else self.last + 1
 
     @property
@@ -219,7 +253,7 @@ class Spool:
         newest = self._log_end
         if newest is None or not self._segments or first < self._segments[0].first:
             return 0, b""
-        segment, at = self._find(first)
+        segment, at = self._find(first, newest)
         while True:
             end = segment.end or (newest[1:] if segment is newest[0] else None)
             if end is None:
@@ -250,7 +284,7 @@ class Spool:
             size += len(record)
         return len(parts), b"".join(parts)
 
-    def _find(self, first: int) -> tuple[_Segment, int]:
+    def _find(self, first: int, newest: tuple[_Segment, int, int]) -> tuple[_Segment, int]:
         """The segment that holds `first`, and the offset where it (or its schemas) starts."""
         if self._at and self._at[1] == first:
             return self._at[0], self._at[2]
@@ -261,7 +295,8 @@ class Spool:
         if number == first:
             return segment, at
         # Between two marks: only after a reconnect, so walking is cheap enough.
-        size = (segment.end or self._log_end or (0, 0))[-1] - at
+        end = segment.end[1] if segment.end else newest[2] if segment is newest[0] else at
+        size = end - at
         start = at
         for head in walk(os.pread(self._fd(segment), size, start)):
             if head.kind not in UNNUMBERED:
@@ -314,6 +349,7 @@ class Spool:
                     self._open()
                 else:
                     self._roll()
+                marks = self._marks_of(ring)
                 if ring:
                     self._log.append(b"".join(record for _, record in ring))
             except OSError:
@@ -323,15 +359,27 @@ class Spool:
             self._ring_bytes -= size
             segment = self._segments[-1]
             self._log_end = (segment, last + 1, self._log.size)
-            segment.marks.append((last + 1, self._log.size))
-            self._marked = self._log.size
+            segment.marks += marks
+            self._marked = segment.marks[-1][1]
             self.volatile = ""
+
+    def _marks_of(self, ring: deque[tuple[int, bytes]]) -> list[tuple[int, int]]:
+        """Where frames of what is about to be appended may be cut."""
+        marks = []
+        at = marked = self._log.size
+        for number, record in ring:
+            if at - marked >= MARK_BYTES:
+                marks.append((number, at))
+                marked = at
+            at += len(record)
+        return marks
 
     def trim(self, durable: int) -> None:
         """Forget acknowledged segments past `keep_bytes`, and acknowledged records in memory."""
         with self.lock:
             while self._ring and self._ring[0][0] <= durable:
-                self._ring_bytes -= len(self._ring.popleft()[1])
+                self._gone, record = self._ring.popleft()
+                self._ring_bytes -= len(record)
         kept = self.kept_bytes
         while len(self._segments) > 1 and kept > self._keep_bytes:
             oldest = self._segments[0]
@@ -339,6 +387,8 @@ class Spool:
                 return
             kept -= oldest.end[1]
             del self._segments[0]
+            if self._at and self._at[0] is oldest:
+                self._at = None
             if oldest.fd >= 0:
                 self._disk.close(oldest.fd)
             self._disk.unlink(oldest.path)

@@ -32,7 +32,7 @@ class BadValue(TypeError):
 def known(type_: type) -> tuple[str, Callable[[Any], Any] | None] | None:
     """How values of exactly this type are written, or None when each must be looked at."""
     found = _KNOWN.get(type_)
-    if found is None and type_.__module__ == "numpy" and hasattr(type_, "dtype"):
+    if found is None and type_.__module__ == "numpy" and _is_scalar_type(type_):
         try:
             found = _NUMPY_KINDS.get(type_(0).dtype.kind)
         except (TypeError, ValueError):
@@ -40,6 +40,11 @@ def known(type_: type) -> tuple[str, Callable[[Any], Any] | None] | None:
         if found:
             _KNOWN[type_] = found
     return found
+
+
+def _is_scalar_type(type_: type) -> bool:
+    """numpy.float32 and its like; an array's type holds values of any kind."""
+    return any(base.__name__ == "generic" for base in type_.__mro__)
 
 
 def on_device(value: Any) -> bool:
@@ -75,7 +80,9 @@ def column_type(value: float | int | bool) -> str:
     return "bool" if isinstance(value, bool) else "i8" if isinstance(value, int) else "f8"
 
 
-def flatten(values: Mapping[Any, Any], prefix: str = "", depth: int = 8) -> Iterator[tuple[str, Any]]:
+def flatten(
+    values: Mapping[Any, Any], prefix: str = "", depth: int = 8
+) -> Iterator[tuple[str, Any]]:
     """Nested dicts as (key, value) with keys joined by `/`."""
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -99,7 +106,7 @@ def plain(value: Any) -> float | int | bool | str | None:
 
 def clean_key(key: Any) -> str:
     """A key as text that every store can hold: no lone surrogates, at most 512 characters."""
-    text = key if type(key) is str else str(key)
+    text = str.__str__(key) if isinstance(key, str) else str(key)
     if text.isascii() and 0 < len(text) <= 512:
         return text
     text = text.encode("utf-8", "replace").decode("utf-8").replace("\0", "�")[:512]

@@ -23,7 +23,8 @@ from rank_client.wire import frames
 from rank_client.wire.disk import OsDisk
 from rank_client.wire.records import Kind
 
-from ..journal.writer import Journal
+from ..journal.writer import Journal, JournalDamaged
+from ..rules.gate import Gate
 from .peers import Peers, Reply
 
 COMMIT_SECONDS = 0.01
@@ -32,6 +33,7 @@ BURST_FRAMES = 2000
 TICK_SECONDS = 1.0
 FULL_RETRY_SECONDS = 2.0
 BUDGET_BYTES = 128 << 20
+RECENT_SECONDS = 86400.0
 
 log = logging.getLogger("rankgate.ingest")
 
@@ -53,10 +55,19 @@ class RunStore:
             directory = self.directory(run)
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = Journal(self._disk, str(directory / "journal"), os.urandom(16))
+            if found.seq == 0:
+                found.append_map(Kind.RULES, time.time_ns(), {"rules": Gate().as_maps()})
             for text in found.damage:
                 log.error("journal of run %s is damaged: %s", run, text)
             self.open[run] = found
         return found
+
+    def recent(self) -> list[str]:
+        """Runs whose journal was written to in the last day."""
+        since = time.time() - RECENT_SECONDS
+        runs = self.root / "runs"
+        journals = sorted(runs.glob("*/journal")) if runs.is_dir() else []
+        return [j.parent.name for j in journals if _newest(j) > since]
 
     def drop(self, run: str) -> None:
         """Close a journal; it is read from disk again when next asked for."""
@@ -224,6 +235,19 @@ def _room(root: Path) -> bool:
     return stats.f_bavail * stats.f_frsize > 4 * COMMIT_BYTES
 
 
+def _newest(journal: Path) -> float:
+    return max((e.stat().st_mtime for e in os.scandir(journal)), default=0.0)
+
+
+def _expect_unfinished(store: RunStore, peers: Peers) -> None:
+    for run in store.recent():
+        try:
+            if not peers.expect(time.time_ns(), run):
+                store.drop(run)
+        except (JournalDamaged, OSError) as error:
+            log.error("run %s: %s", run, error)  # its ranks are told when they come
+
+
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     """For display only, by rename; a full disk must not stop the loop."""
     try:
@@ -268,6 +292,7 @@ def serve(root: Path, addresses: list[str], budget_bytes: int = BUDGET_BYTES) ->
     ingest: Ingest
     peers = Peers(session, store, budget_bytes, lambda run: run in ingest.stop_runs)
     ingest = Ingest(store, peers, bind(addresses))
+    _expect_unfinished(store, peers)
 
     def stop(_signal: int, _frame: object) -> None:
         ingest.stopping = True

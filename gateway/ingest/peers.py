@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from rank_client.identity import valid_run_id
 from rank_client.wire import frames
 from rank_client.wire.frames import BadFrame, Type
+from rank_client.wire.keys import valid_run_id
 from rank_client.wire.records import Kind
 
 from ..journal.writer import Journal, JournalDamaged, Mark
@@ -23,6 +23,7 @@ from .media import BadBlob, Blob
 CREDIT_FLOOR_BYTES = 64 << 10
 CREDIT_TOP_BYTES = 4 << 20
 SILENT_NS = 15 * 10**9  #: three pings missed
+GONE_NS = 75 * 10**9  #: 60 s of ticks after that the rules call it lost; then it is forgotten here
 HELLO_KINDS = ("live", "replay", "tool", "worker", "blob")
 
 Reply = tuple[bytes, bytes]  #: (peer, frame)
@@ -81,6 +82,17 @@ class Peers:
             return 0
         share = self._budget_bytes // max(1, len(self.streams))
         return max(CREDIT_FLOOR_BYTES, min(CREDIT_TOP_BYTES, share))
+
+    def expect(self, now_ns: int, run: str) -> bool:
+        """After a restart: the streams that had not ended when the journal was written. They
+        come back, or fall silent and are told of by ticks. False when there is none."""
+        journal = self._runs.journal(run)
+        open_ = [id_ for id_, mark in journal.streams.items() if not mark.ended]
+        for id_ in open_:
+            stream = Stream(id_, run, "live", journal, b"", now_ns)
+            stream.durable = stream.high_water
+            self.streams[id_] = stream
+        return bool(open_)
 
     # --- frames in -------------------------------------------------------------------------------
 
@@ -179,6 +191,7 @@ class Peers:
             out.append((peer, self._reject_frame(message.stream, text, fatal=False)))
             return
         self._heard(stream, now_ns, peer)
+        stream.about = body
         stream.progress = {k: body.get(k) for k in ("last", "step", "logged", "refused", "bad")}
         if stream.blob:
             self._want(stream.blob, body)
@@ -222,7 +235,6 @@ class Peers:
                 journal.streams[id_] = Mark()
                 journal.append_map(Kind.OPEN, now_ns, {"stream": id_, "hello": body})
             stream.durable = journal.streams[id_].high_water
-            stream.about = body
         self.streams[id_] = stream
         return stream
 
@@ -306,6 +318,8 @@ class Peers:
             if quiet != stream.silent:
                 stream.silent = quiet
                 body["quiet" if quiet else "back"].append(stream.id)
+            if now_ns - stream.heard_ns > GONE_NS:
+                self._finished.append(stream)  # should it speak again, it is told to say HELLO
         for stream in self._finished:
             self.streams.pop(stream.id, None)
             if stream.blob:

@@ -269,9 +269,7 @@ class Projection:
                 return
         self._walk(entry, stream, first, n, records)
 
-    def _walk(
-        self, entry: int, stream: Stream, first: int, n: int, records: memoryview
-    ) -> None:
+    def _walk(self, entry: int, stream: Stream, first: int, n: int, records: memoryview) -> None:
         """Record by record; a frame whose chain is not what it says is quarantined whole."""
         heads = list(walk(records))
         end = heads[-1].at + heads[-1].size if heads else 0
@@ -293,9 +291,7 @@ class Projection:
         if run:
             self._row_run(entry, stream, run, records)
 
-    def _row_run(
-        self, entry: int, stream: Stream, run: list[Head], records: memoryview
-    ) -> None:
+    def _row_run(self, entry: int, stream: Stream, run: list[Head], records: memoryview) -> None:
         """Consecutive rows of one schema."""
         layout = stream.layouts.get(run[0].schema)
         if layout is None or any(h.size != layout.row_bytes for h in run):
@@ -510,13 +506,18 @@ class Projection:
         code = self.launchers.get(newest.launch)
         if code:
             return "failed", f"the launcher exited with {code}"
-        ended = {s.rank for s in streams if s.status or s.bye}
-        if code == 0 or len(ended) >= max(1, newest.world_size):
+        finished = {s.rank for s in streams if s.status}
+        if code == 0 or len(finished) >= max(1, newest.world_size):
             return "completed", ""
-        waiting = [s for s in streams if not (s.status or s.bye)]
-        if all(s.quiet_ns and self.now_ns - s.quiet_ns >= LOST_AFTER_NS for s in waiting):
-            return "lost", "no rank was heard for 60 s"
+        # Without an END record it did not end by itself; `bye` says that its spool is shipped.
+        waiting = [s for s in streams if not s.status]
+        if waiting and all(s.bye or self._silent(s) for s in waiting):
+            ranks = ", ".join(str(s.rank) for s in waiting[:8])
+            return "lost", f"rank {ranks} ended without a word"
         return "running", ""
+
+    def _silent(self, stream: Stream) -> bool:
+        return bool(stream.quiet_ns) and self.now_ns - stream.quiet_ns >= LOST_AFTER_NS
 
 
 def _blocks(pieces: list[Piece]) -> Iterable[list[Piece]]:

@@ -198,6 +198,31 @@ class Reader:
             (*after, limit),
         )
 
+    def last_texts(
+        self, limit: int, streams: Iterable[int] | None = None
+    ) -> list[tuple[int, int, int, int | None, str, str]]:
+        """The newest by wall time, oldest first; of these streams only."""
+        chosen = "" if streams is None else ",".join(str(int(s)) for s in streams) or "-1"
+        where = f"WHERE stream IN ({chosen})" if chosen else ""
+        rows = fetch(
+            self._db,
+            f"SELECT stream, seq, wall, step, level, text FROM text {where}"  # noqa: S608
+            " ORDER BY wall DESC, stream DESC, seq DESC LIMIT ?",
+            (limit,),
+        )
+        return rows[::-1]
+
+    def texts_of(
+        self, stream: int, after: int
+    ) -> list[tuple[int, int, int, int | None, str, str]]:
+        """One stream's lines after a number, as they were logged."""
+        return fetch(
+            self._db,
+            "SELECT stream, seq, wall, step, level, text FROM text"
+            " WHERE stream = ? AND seq > ? ORDER BY seq",
+            (stream, after),
+        )
+
     def maps(self, kind: str) -> list[tuple[int, int, int, dict[str, Any]]]:
         """(stream, seq, wall_ns, values) of every `params` or `summary` call."""
         rows = fetch(
@@ -244,6 +269,33 @@ class Reader:
             np.concatenate([p.wall_ns for p in parts]),
             np.concatenate(values),
         )
+
+    def keysets(self) -> dict[int, frozenset[str]]:
+        """The names of the keys in every key set."""
+        names = {id_: name for id_, name, _ in self.keys()}
+        rows = fetch(self._db, "SELECT id, keys FROM keyset ORDER BY id")
+        return {i: frozenset(names[int(k)] for k in np.frombuffer(p, "<u4")) for i, p in rows}
+
+    def heads(
+        self, keyset: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(stream, seq, step) of every row of a key set; each stream's rows in its order."""
+        with self._db:
+            rows = fetch(
+                self._db,
+                "SELECT streams, offsets, n, seq, step FROM segment WHERE keyset = ?"
+                " ORDER BY ordinal",
+                (keyset,),
+            )
+            [(packed,)] = fetch(self._db, "SELECT keys FROM keyset WHERE id = ?", (keyset,))
+            tail = self._tail(keyset, len(packed) // 4)[:, :3].astype(np.int64)
+        parts = [
+            (_expand(streams, offsets, n), np.frombuffer(seq, "<i8"), np.frombuffer(step, "<i8"))
+            for streams, offsets, n, seq, step in rows
+        ]
+        parts.append((tail[:, 0], tail[:, 1], tail[:, 2]))
+        stream, seq, step = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return stream, seq, step
 
     def _segment_points(self, key: int, type_: str) -> list[Points]:
         rows = fetch(
@@ -316,9 +368,7 @@ class Reader:
         values = rows[:, TAIL_HEAD_COLUMNS:]
         return Block(heads[:, 0], heads[:, 1], heads[:, 2], heads[:, 3], values)
 
-    def _find_rows(
-        self, keyset: int, wanted: list[tuple[int, int, int]]
-    ) -> npt.NDArray[np.uint64]:
+    def _find_rows(self, keyset: int, wanted: list[tuple[int, int, int]]) -> npt.NDArray[np.uint64]:
         [(packed,)] = fetch(self._db, "SELECT keys FROM keyset WHERE id = ?", (keyset,))
         keys = np.frombuffer(packed, "<u4")
         blocks = [self._chosen(self._tail(keyset, len(keys)), wanted)]
@@ -402,8 +452,10 @@ class Reader:
     def dump(self) -> list[tuple[str, Any]]:
         """Every table in order, as one journal must always give it: what depends on when a
         fetch ended (how the tail is cut into blobs, the build's name) is left out."""
+        out: list[tuple[str, Any]] = []
         with self._db:
-            return list(self._dump())
+            out += self._dump()
+        return out
 
     def _dump(self) -> Iterable[tuple[str, Any]]:
         db = self._db

@@ -131,9 +131,7 @@ class Series:
         db.executemany(
             "UPDATE media SET sha256 = ?, size = ? WHERE stream = ? AND seq = ?", changes.blobs
         )
-        db.executemany(
-            "UPDATE media SET lost = ? WHERE stream = ? AND seq = ?", changes.lost_media
-        )
+        db.executemany("UPDATE media SET lost = ? WHERE stream = ? AND seq = ?", changes.lost_media)
 
     def _write_about(self, changes: Changes) -> None:
         projection = self.projection
@@ -256,7 +254,9 @@ def expand(streams: bytes, offsets: bytes, n: int) -> npt.NDArray[np.uint64]:
 
 def _stream_row(s: Stream) -> tuple[Any, ...]:
     hello = msgpack.packb({k: v for k, v in s.hello.items() if k != "stream"})
-    values = [int(v) if isinstance(v, bool) else v for v in (getattr(s, c) for c in _STREAM_COLUMNS)]
+    values = [
+        int(v) if isinstance(v, bool) else v for v in (getattr(s, c) for c in _STREAM_COLUMNS)
+    ]
     return (s.index, s.id, hello, s.rank, s.kind, *values)
 
 

@@ -136,7 +136,9 @@ class RunInfo:
 
 @dataclass(slots=True)
 class Sent:
-    """What became of a batch; delivered + skipped = the batch's items."""
+    """What became of items; over all calls, `close` included, delivered + skipped = the items
+    given. One call may report fewer than it got (a point held until its epoch closes), a later
+    one the rest."""
 
     delivered: int = 0
     skipped: dict[str, int] = field(default_factory=dict)  #: reason → items, a closed list
@@ -162,6 +164,8 @@ class Memory(Protocol):
 class Sink(Protocol):
     """Three methods; see this module's docstring for their order and what they may raise."""
 
+    stop_asked: str  #: why the backend wants the training to stop, or empty; read after each call
+
     def open(self, run: RunInfo, memory: Memory) -> None:
         """Find or create the backend's run. Idempotent: never makes a second one for `run_id`."""
 
@@ -172,5 +176,6 @@ class Sink(Protocol):
         the process died): use idempotent keys or read back, else count `maybe_duplicate`.
         """
 
-    def close(self, state: str, reason: str) -> None:
-        """Tell the run's final state: `completed`, `failed` or `lost`; idempotent."""
+    def close(self, state: str, reason: str) -> Sent:
+        """Tell the run's final state (`completed`, `failed` or `lost`) and report what was still
+        held. Idempotent; more may be sent after another `open`."""

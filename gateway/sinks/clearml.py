@@ -60,6 +60,8 @@ def task_tags(config: ClearmlConfig, run: RunInfo) -> list[str]:
 class ClearmlSink:
     """See `base.Sink`. Reasons to skip: `not finite` (also: beyond a 32-bit float)."""
 
+    stop_asked = ""
+
     def __init__(self, config: ClearmlConfig | None = None) -> None:
         self._config = config or ClearmlConfig()
         self._connection: Connection | None = None
@@ -277,7 +279,7 @@ class ClearmlSink:
         link = {"task": self._task, "model": model, "type": "output"}
         self._api.call("tasks.add_or_update_model", {**link, "name": wire.artifact_key(item)})
 
-    def close(self, state: str, reason: str) -> None:
+    def close(self, state: str, reason: str) -> Sent:
         status = ENDINGS.get(state, "stopped")
         body = {
             "task": self._task,
@@ -289,3 +291,4 @@ class ClearmlSink:
             self._api.call(f"tasks.{status}", body)
         except Refused as error:
             raise Off(f"ClearML task {self._task} can no longer be changed: {error}") from None
+        return Sent()

@@ -41,6 +41,8 @@ class ClearmlExport:
     one the model's file is also kept as an artifact, which any server takes.
     """
 
+    stop_asked = ""
+
     def __init__(self, config: ClearmlConfig, folder: Path, final: Path | None = None) -> None:
         self._config = config
         self._folder = folder
@@ -199,11 +201,12 @@ class ClearmlExport:
             raise Refused(f"{item.name} is gone from the disk") from None
         part.replace(target)
 
-    def close(self, state: str, reason: str) -> None:
+    def close(self, state: str, reason: str) -> Sent:
         """The importer marks every task completed, so the state goes into its comment."""
         first = str(self._task["comment"]).partition("\n")[0]
         self._task["comment"] = f"{first}\ntraining {state}{': ' if reason else ''}{reason}"
         self._write_task()
+        return Sent()
 
 
 def _cut_torn_tail(path: Path) -> None:

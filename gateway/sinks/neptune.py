@@ -437,6 +437,8 @@ def read_images(field: Any) -> Tail:
 class NeptuneSink:
     """One run in one Neptune run, by one handle, in batches that are confirmed one by one."""
 
+    stop_asked = ""
+
     def __init__(self, config: NeptuneConfig, folder: Path | None = None) -> None:
         self.config = config
         self._folder = folder  #: for the package's queue, which is ours to delete
@@ -473,14 +475,15 @@ class NeptuneSink:
             unsure = True
         raise Refused("; ".join(refusals[:3]))
 
-    def close(self, state: str, reason: str) -> None:
+    def close(self, state: str, reason: str) -> Sent:
         if self._info is None:
-            return
+            return Sent()
         connection, _ = self._ready()
         connection.hand.end(state, reason)
         self._confirm(connection, self.config.stop_seconds)
         self._drop(self.config.stop_seconds)
         self._info = None
+        return Sent()
 
     def _ready(self) -> tuple[Connection, Planner]:
         """A connection that is waiting for nothing."""

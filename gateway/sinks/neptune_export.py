@@ -21,6 +21,8 @@ class NeptuneExport:
     An export that broke off cannot be taken up again: it is made anew, into another folder.
     """
 
+    stop_asked = ""
+
     def __init__(self, config: NeptuneConfig, folder: Path) -> None:
         self.config = config
         named = folder.name == DATA_FOLDER
@@ -49,12 +51,13 @@ class NeptuneExport:
         self._planner.commit()
         return sent
 
-    def close(self, state: str, reason: str) -> None:
+    def close(self, state: str, reason: str) -> Sent:
         if self._hand is None:
-            return
+            return Sent()
         self._hand.end(state, reason)
         self._hand.run.stop()
         self._hand = self._planner = None
+        return Sent()
 
 
 def nothing_there(_kind: Kind, _path: str, _after: float) -> Tail:

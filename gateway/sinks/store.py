@@ -101,7 +101,7 @@ class Store:
         found = fetch(self.db, "SELECT value FROM about WHERE name = ?", (name,))
         return found[0][0] if found else otherwise
 
-    def set(self, **values: Any) -> None:
+    def note(self, **values: Any) -> None:
         values["updated_ns"] = time.time_ns()
         with self.db:
             self._set(values)
@@ -116,7 +116,7 @@ class Store:
 
     def intend(self, batch: int) -> None:
         """Before a delivery: should we die now, the next life knows that this may be there."""
-        self.set(intent=batch)
+        self.note(intent=batch)
 
     def receipt(
         self,

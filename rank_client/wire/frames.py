@@ -14,7 +14,7 @@ from zlib import crc32
 
 import msgpack
 
-from .records import BadRecord, unpack_map
+from .records import HEADER_BYTES, BadRecord, unpack_map
 
 MAGIC = 0x4752  # "RG"
 MAJOR = 1
@@ -94,7 +94,9 @@ def read_data(frame: bytes) -> Data:
     if len(frame) < DATA_HEAD_BYTES:
         raise BadFrame("too short")
     magic, major, type_, crc, session, stream, first, n, size = DATA_HEAD.unpack_from(frame)
-    if size != len(frame) - DATA_HEAD_BYTES or n == 0 or first == 0:
+    if size != len(frame) - DATA_HEAD_BYTES or first == 0:
+        raise BadFrame("length")
+    if not 0 < n <= max(1, size // HEADER_BYTES):  # more records than there is room for
         raise BadFrame("length")
     found = crc32(
         DATA_HEAD.pack(magic, major, type_, 0, session, stream, first, n, size),

@@ -23,6 +23,7 @@ ROW_HEAD_BYTES = ROW_HEAD.size
 MAX_RECORD_BYTES = 2 << 20  #: a journal entry holds one whole frame, so this is above the frame's
 MAX_EVENT_BYTES = 256 << 10  #: the largest record a rank may write
 MAX_SCHEMAS = 1024  #: per stream; beyond it rows are written as `KV` maps
+MAX_SCHEMA_BYTES = 512 << 10  #: of all schemas of a stream; the same beyond it
 MAX_KEYS = 20_000  #: per stream; beyond it values are refused and counted
 MAX_DEPTH = 8  #: of nested maps and lists in a control or record map
 
@@ -89,7 +90,9 @@ def pack(kind: int, seq: int, body: bytes, schema: int = 0) -> bytes:
 
 
 def pack_map(kind: int, seq: int, value: dict[str, Any], schema: int = 0) -> bytes:
-    return pack(kind, seq, msgpack.packb(value, use_bin_type=True, unicode_errors="replace"), schema)
+    return pack(
+        kind, seq, msgpack.packb(value, use_bin_type=True, unicode_errors="replace"), schema
+    )
 
 
 def unpack_map(body: bytes | memoryview) -> dict[str, Any]:
@@ -110,20 +113,23 @@ def unpack_map(body: bytes | memoryview) -> dict[str, Any]:
         raise BadRecord(f"not a msgpack map: {type(error).__name__}") from None
     if not isinstance(value, dict):
         raise BadRecord("not a map")
-    _check_depth(value, MAX_DEPTH)
+    check_nesting(value, MAX_DEPTH)
     return value
 
 
-def _check_depth(value: Any, left: int) -> None:
+def check_nesting(value: Any, left: int) -> None:
+    """Raises BadRecord where a value has more than `left` levels, or keys that are no text."""
     # The C decoder allows 1024 levels; repr and json raise RecursionError long before that.
     if left == 0:
-        raise BadRecord(f"nested deeper than {MAX_DEPTH}")
+        raise BadRecord("nested too deep")
     if isinstance(value, dict):
-        for item in value.values():
-            _check_depth(item, left - 1)
+        for key, item in value.items():
+            if not isinstance(key, str):  # the decoder lets bytes pass
+                raise BadRecord("a key that is no text")
+            check_nesting(item, left - 1)
     elif isinstance(value, list):
         for item in value:
-            _check_depth(item, left - 1)
+            check_nesting(item, left - 1)
 
 
 def read_head(buf: bytes | memoryview, at: int, end: int) -> Head | None:
@@ -214,7 +220,7 @@ def schema_of(head: Head, buf: bytes | memoryview) -> Schema:
         if not (isinstance(column, list) and len(column) == 2):
             raise BadRecord("a schema column that is not [key, type]")
         key, kind = column
-        if not isinstance(key, str) or kind not in COLUMN_CODES:
+        if not isinstance(key, str) or not isinstance(kind, str) or kind not in COLUMN_CODES:
             raise BadRecord("a schema column of an unknown type")
         keys.append(key)
         types.append(kind)

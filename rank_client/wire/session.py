@@ -186,6 +186,9 @@ class ClientSession:
         self.state, self.welcomed = "open", True
         self.durable = durable
         self._go_back(durable + 1)
+        # Frames the gateway has turned out to hold no longer count against its credit.
+        self._in_flight.clear()
+        self._in_flight_bytes = 0
         self._credit = _int(body.get("credit"), frames.MAX_DATA_BYTES)
         self._rto = RTO_FIRST_SECONDS
         self._hello_wait = HELLO_FIRST_SECONDS

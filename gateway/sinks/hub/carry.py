@@ -46,6 +46,8 @@ class HubSink:
     `wire` replaces the network, `monotonic` the clock of heartbeats.
     """
 
+    stop_asked = ""
+
     def __init__(
         self,
         config: HubConfig,

@@ -36,6 +36,8 @@ _JSON = {"Content-Type": "application/json"}
 class HubExport:
     """A sink that writes a bundle into `folder` instead of sending."""
 
+    stop_asked = ""
+
     def __init__(self, config: HubConfig, folder: Path) -> None:
         self._config = config
         self._recorder = Recorder(folder)

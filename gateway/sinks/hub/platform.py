@@ -53,8 +53,6 @@ def connect() -> Wire:
 class PlatformSink(HubSink):
     """Carries one run to one model. `stop_asked` is set when someone stopped it over there."""
 
-    stop_asked: str | None = None
-
     def _connect(self) -> Wire:
         return connect()
 

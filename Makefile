@@ -1,0 +1,38 @@
+# Everything here works from a clean clone with Python and make: the environment is made first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+
+.PHONY: demo test check bench clean setup
+
+# torch by its exact version and on its own: only so is the CPU build found.
+$(STAMP): pyproject.toml constraints.txt
+	@echo "setting up $(VENV) (a minute or two, once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check "torch==2.13.0" -c constraints.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+setup: $(STAMP)
+
+demo: $(STAMP)
+	@mkdir -p .rankgate
+	@PATH="$(abspath $(BIN)):$$PATH" RANKGATE_CONFIG=examples/demo.toml OMP_NUM_THREADS=1 \
+	  rankgate run -- torchrun --standalone --nproc-per-node 4 examples/digits.py
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -q
+
+check: $(STAMP)
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/codespell
+
+bench: $(STAMP)
+	@$(BIN)/python -m bench --out bench/out/bench.json
+
+clean:
+	rm -rf $(VENV) .venv-bench .rankgate bench/out build dist *.egg-info .mypy_cache .ruff_cache

@@ -1,0 +1,20 @@
+"""`python -m gateway`: a child process of the gateway by name, else the command line."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    from . import app
+
+    if len(sys.argv) > 1 and sys.argv[1] in app.CHILDREN:
+        app.main()
+    else:
+        from .cli.main import main as command_line
+
+        command_line()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""What the commands around a gateway share: having one, holding it, waiting until all is done."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import apsw
+
+from rank_client.rendezvous import LOCK_GATEWAY, ipc_address, locked, start_gateway
+
+from .config import Config
+from .series.reader import Reader
+from .sinks.process import fresh
+from .sinks.store import SinkView, read_views
+from .supervise import STALE_SECONDS, read_json
+
+START_SECONDS = 15.0
+POLL_SECONDS = 0.1
+
+
+def served(root: Path) -> bool:
+    """Does a gateway answer for this directory right now?"""
+    at_ns = read_json(root / "ingest.json").get("at_ns", 0)
+    alive = locked(root / "gateway.lock", LOCK_GATEWAY)
+    return alive and time.time_ns() - at_ns < STALE_SECONDS * 1e9
+
+
+def ensure(
+    root: Path, environ: Mapping[str, str], config: str = "", sinks: tuple[str, ...] = ()
+) -> None:
+    """Start a gateway unless there is one; does not wait for it. Raises OSError."""
+    if not locked(root / "gateway.lock", LOCK_GATEWAY):
+        start_gateway(root, environ, config, sinks)
+
+
+def wait_served(root: Path, seconds: float = START_SECONDS) -> bool:
+    deadline = time.monotonic() + seconds
+    while not served(root):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+    return True
+
+
+def wait_fresh(root: Path, seconds: float = START_SECONDS) -> bool:
+    """Until ingest has told its state anew: what was acknowledged before is then in it."""
+    since, deadline = time.time_ns(), time.monotonic() + seconds
+    while read_json(root / "ingest.json").get("at_ns", 0) <= since:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS / 2)
+    return True
+
+
+@contextmanager
+def hold(root: Path) -> Iterator[None]:
+    """Keep a detached gateway from leaving while we still want something of it."""
+    path = root / "holds" / str(os.getpid())
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.touch()
+    except OSError:
+        pass  # then it may leave early, and is started again
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def address(root: Path) -> str:
+    return ipc_address(root)
+
+
+def runs_of_launch(root: Path, launch: str) -> list[str]:
+    """The runs that have a stream of this launch, by their series."""
+    out = []
+    for run_dir in sorted((root / "runs").glob("*")):
+        try:
+            with Reader(run_dir) as reader:
+                if any(s.hello.get("launch") == launch for s in reader.streams()):
+                    out.append(run_dir.name)
+        except (apsw.Error, KeyError):
+            continue  # no series yet
+    return out
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is from being dealt with."""
+
+    run: str
+    projected: bool
+    sinks: dict[str, SinkView]
+    waiting: tuple[str, ...]  #: names of the sinks that still have something to do
+
+    @property
+    def done(self) -> bool:
+        return self.projected and not self.waiting
+
+
+def progress(root: Path, run: str, config: Config) -> Progress:
+    """Where a run stands with the gateway and each configured sink."""
+    run_dir = root / "runs" / run
+    end = read_json(root / "ingest.json").get("journals", {}).get(run, 0)
+    views = {view.name: view for view in read_views(run_dir)}
+    try:
+        with Reader(run_dir) as reader:
+            projected = reader.about().cursor >= end
+            waiting = tuple(
+                name
+                for name, sink in config.sinks.items()
+                if (name not in views or views[name].state != "off")
+                and not fresh(run_dir, name, reader, sink.mode == "offline")
+            )
+    except (apsw.Error, KeyError):
+        return Progress(run, False, views, tuple(config.sinks))
+    return Progress(run, projected, views, waiting)
+
+
+def wait_done(
+    root: Path,
+    runs: Callable[[], list[str]],
+    config: Config,
+    seconds: float,
+    tell: Callable[[list[Progress]], None],
+) -> bool:
+    """Until every run is projected and its sinks have nothing left; False when time was out."""
+    deadline = time.monotonic() + seconds
+    while True:
+        states = [progress(root, run, config) for run in runs()]
+        tell(states)
+        if all(state.done for state in states):
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(POLL_SECONDS)
+
+
+def last_lines(path: Path, n: int = 3) -> str:
+    try:
+        return "\n".join(path.read_text(errors="replace").splitlines()[-n:])
+    except OSError:
+        return ""
+
+
+def journals(root: Path) -> dict[str, Any]:
+    return dict(read_json(root / "ingest.json").get("journals", {}))

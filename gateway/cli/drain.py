@@ -1,0 +1,79 @@
+"""`rankgate drain`: finish what a job left: ship orphan spools, project, deliver."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rank_client import sweep
+from rank_client.spool import spool_root
+
+from .. import attach
+from ..config import load
+from ..errors import NotServed
+
+
+def command(
+    directory: Annotated[
+        Path, typer.Option("--dir", envvar="RANKGATE_DIR", help="Data directory.")
+    ] = Path(".rankgate"),
+    config: Annotated[
+        Path | None, typer.Option(envvar="RANKGATE_CONFIG", help="Gateway config (TOML).")
+    ] = None,
+    sink: Annotated[
+        list[str] | None, typer.Option(help="Turn a sink on: NAME, or NAME=offline. Repeatable.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Wait at most this long.")] = 600.0,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Ship what dead processes left in this node's spool, and deliver everything.
+
+    Starts a gateway if none runs. Exit code 0 when all is delivered, 1 when time was out.
+
+    \b
+    rankgate drain
+    rankgate drain --dir /data/logs --sink clearml
+    """
+    root = directory.absolute()
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = config or root / "gateway.toml"
+    settings = load(path if config or path.exists() else None, tuple(sink or ()))
+    deadline = time.monotonic() + seconds
+    with attach.hold(root):
+        attach.ensure(root, os.environ, str(config.absolute()) if config else "", tuple(sink or ()))
+        if not attach.wait_served(root):
+            words = attach.last_lines(root / "gateway.log")
+            raise NotServed(f"the gateway for {root} did not come up. Its last words:\n{words}")
+        waited = wait_shipped(root, deadline) and attach.wait_fresh(root)
+        left = max(1.0, deadline - time.monotonic())
+        done = attach.wait_done(root, lambda: list(attach.journals(root)), settings, left, _quiet)
+        states = [attach.progress(root, run, settings) for run in attach.journals(root)]
+    if as_json:
+        runs = {s.run: {"done": s.done, "waiting": list(s.waiting)} for s in states}
+        typer.echo(json.dumps({"done": done and waited, "runs": runs}))
+    else:
+        for state in states:
+            what = "delivered" if state.done else f"waiting for {', '.join(state.waiting)}"
+            typer.echo(f"run {state.run}: {what}")
+        typer.echo("all is delivered" if done and waited else "not all is delivered; run it again")
+    raise typer.Exit(0 if done and waited else 1)
+
+
+def _quiet(_states: list[attach.Progress]) -> None:
+    pass
+
+
+def wait_shipped(root: Path, deadline: float) -> bool:
+    """Until no orphan of this directory is left; the gateway ships them."""
+    spool = spool_root(os.environ)
+    has_run = lambda run: (root / "runs" / run).is_dir()  # noqa: E731
+    while sweep.find(spool, root, has_run):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True

@@ -1,0 +1,89 @@
+"""The gateway's config: read and checked once, at start; every message names the key's full path."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from .errors import BadConfig
+from .sinks.registry import CONFIGS, SinkConfig
+
+
+class GatewayConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """`[gateway]`."""
+
+    bind: str = "ipc"  #: "ipc", or "tcp://ADDRESS:PORT"
+    drain_seconds: float = 60.0  #: how long the sinks may take after the last rank has gone
+    budget_mib: int = 128  #: of events on their way in memory, over all ranks
+    max_sink_processes: int = 8
+
+
+class Config(msgspec.Struct, frozen=True):
+    """The whole file, and what the command line added to it."""
+
+    gateway: GatewayConfig
+    sinks: dict[str, SinkConfig]
+    source: str  #: where it was read from, for messages
+
+
+def load(path: Path | None, extra_sinks: tuple[str, ...] = ()) -> Config:
+    """Read a TOML file (None: the defaults) and add `NAME[=online|offline]` sinks.
+
+    Raises BadConfig.
+    """
+    source = str(path) if path else "the defaults"
+    raw: dict[str, Any] = {}
+    if path is not None:
+        try:
+            raw = msgspec.toml.decode(path.read_bytes())
+        except OSError as error:
+            raise BadConfig(f"cannot read the config {path}: {error.strerror}") from None
+        except (msgspec.DecodeError, ValueError) as error:
+            raise BadConfig(f"{path} is not valid TOML: {error}") from None
+    return build(raw, source, extra_sinks)
+
+
+def build(raw: dict[str, Any], source: str, extra_sinks: tuple[str, ...] = ()) -> Config:
+    """Check a config given as plain maps. Raises BadConfig."""
+    _known(raw, "", ("gateway", "sinks"), source)
+    tables = dict(_table(raw.get("sinks", {}), "sinks", source))
+    for text in extra_sinks:
+        name, _, mode = text.partition("=")
+        if mode:
+            tables[name] = {**_table(tables.get(name, {}), f"sinks.{name}", source), "mode": mode}
+        else:
+            tables.setdefault(name, {})
+    _known(tables, "sinks.", tuple(CONFIGS), source)
+    gateway = _convert(raw.get("gateway", {}), GatewayConfig, "gateway", source)
+    sinks = {
+        name: _convert(t, CONFIGS[name], f"sinks.{name}", source) for name, t in tables.items()
+    }
+    return Config(gateway, sinks, source)
+
+
+def _table(value: Any, path: str, source: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise BadConfig(f"{source}: {path} must be a table, not {type(value).__name__}")
+    return value
+
+
+def _known(raw: dict[str, Any], prefix: str, names: tuple[str, ...], source: str) -> None:
+    for name in raw:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(names)}"
+            raise BadConfig(f"{source}: unknown key {prefix}{name}; {hint}")
+
+
+def _convert(raw: Any, type_: type[Any], path: str, source: str) -> Any:
+    _known(_table(raw, path, source), f"{path}.", type_.__struct_fields__, source)
+    try:
+        return msgspec.convert(raw, type_)
+    except msgspec.ValidationError as error:
+        text, _, where = str(error).partition(" - at `$")
+        key = re.sub(r"[`$]", "", where)
+        raise BadConfig(f"{source}: {path}{key}: {text[0].lower()}{text[1:]}") from None

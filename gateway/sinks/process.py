@@ -1,0 +1,170 @@
+"""A sink's process: one run, one sink, until the run has ended and all is dealt with.
+
+Exit codes tell the supervisor what to do: 0 all done, OFF cannot work here, BUSY another process
+holds this sink of this run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..series.db import fetch, open_reader
+from ..series.reader import Reader
+from . import registry
+from .base import RunInfo, Sink
+from .loop import Loop
+from .retry import Backoff
+from .store import Store, read_view
+
+OFF, BUSY = 4, 5
+
+log = logging.getLogger("rankgate.sinks")
+
+
+def run_info(reader: Reader) -> RunInfo:
+    """What a backend's run is made from: the first rank's words."""
+    streams = [s for s in reader.streams() if s.kind != "tool"] or reader.streams()
+    run_id = reader.run_dir.name
+    if not streams:
+        return RunInfo(run_id, "default", run_id, (), time.time_ns())
+    first = min(streams, key=lambda s: (max(s.rank, 0), s.index))
+    hello = first.hello
+    project = str(hello.get("project") or "default")
+    return RunInfo(
+        run_id=run_id,
+        project=project,
+        name=str(hello.get("name") or f"{project}-{run_id[:8]}"),
+        tags=tuple(str(t) for t in hello.get("tags") or ()),
+        started_ns=int(hello.get("started") or 0),
+        node=first.node,
+    )
+
+
+def lock(path: Path) -> int | None:
+    """This sink of this run is ours alone, until we die. None when somebody else has it."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        return None
+    return fd
+
+
+def carry(run_dir: Path, name: str, config: registry.SinkConfig) -> int:
+    """Deliver until the run has ended and all is dealt with. Returns the exit code."""
+    if lock(run_dir / "sinks" / f"{name}.lock") is None:
+        return BUSY
+    store = Store(run_dir / "sinks" / f"{name}.db")
+    scratch = run_dir / "sinks" / f"{name}.scratch"
+    scratch.mkdir(mode=0o700, exist_ok=True)
+    with Reader(run_dir) as reader:
+        sink = registry.online(config, scratch)
+        code = _drive(reader, store, sink, run_dir, wait_for_end=True)
+    store.close()
+    if code == 0:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return code
+
+
+def export(run_dir: Path, name: str, config: registry.SinkConfig) -> int:
+    """Write the whole run into `exports/NAME`: a replay from zero into a new folder, which takes
+    its name when it is whole."""
+    if lock(run_dir / "sinks" / f"{name}.lock") is None:
+        return BUSY
+    for suffix in ("", "-wal", "-shm"):
+        (run_dir / "sinks" / f"{name}.db{suffix}").unlink(missing_ok=True)
+    exports = run_dir / "exports"
+    final, part = exports / name, exports / f".{name}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(mode=0o700, parents=True)
+    store = Store(run_dir / "sinks" / f"{name}.db")
+    store.note(state="exporting", reason="")
+    with Reader(run_dir) as reader:
+        feed = reader.feed_end()
+        sink = registry.export(config, part, final)
+        code = _drive(reader, store, sink, run_dir, wait_for_end=False)
+    if code == 0:
+        old = exports / f".{name}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)
+        part.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+        store.note(state="exported", reason="", export=str(final), feed=feed)
+    store.close()
+    return code
+
+
+def _drive(reader: Reader, store: Store, sink: Sink, run_dir: Path, wait_for_end: bool) -> int:
+    stopping: list[int] = []
+    signal.signal(signal.SIGTERM, lambda s, _f: stopping.append(s))
+    parent = os.getppid()
+    backoff = Backoff(random.random)
+    loop = Loop(reader, store, sink, run_info(reader), backoff, wait_for_end)
+    while not stopping and os.getppid() == parent:
+        wait = loop.step()
+        if loop.off:
+            log.warning("%s", loop.off)
+            return OFF
+        if loop.done:
+            return 0
+        if sink.stop_asked:
+            _ask_to_stop(run_dir, sink.stop_asked)
+        deadline = time.monotonic() + wait
+        while time.monotonic() < deadline and not stopping and os.getppid() == parent:
+            time.sleep(min(0.1, max(0.0, deadline - time.monotonic())))
+    return 1
+
+
+def _ask_to_stop(run_dir: Path, reason: str) -> None:
+    """Leave a request for ingest, which tells every rank; training decides for itself."""
+    requests = run_dir / "requests"
+    requests.mkdir(mode=0o700, exist_ok=True)
+    part = requests / ".stop"
+    part.write_text(reason)
+    part.rename(requests / "stop")
+
+
+def fresh(run_dir: Path, name: str, reader: Reader, offline: bool) -> bool:
+    """Is there nothing (more) for this sink to do, as its own file tells?"""
+    path = run_dir / "sinks" / f"{name}.db"
+    if not path.exists():
+        return False
+    about = reader.about()
+    view = read_view(path)
+    closed, feed, build = _marks(path)
+    if offline:
+        return view.state == "exported" and feed >= reader.feed_end() and closed == about.state
+    caught_up = build == about.build and feed >= reader.feed_end()
+    return view.state == "drained" and caught_up and (closed == about.state)
+
+
+def _marks(path: Path) -> tuple[str, int, bytes]:
+    db = open_reader(path)
+    try:
+        about: dict[str, Any] = dict(fetch(db, "SELECT name, value FROM about"))
+    finally:
+        db.close()
+    return str(about.get("closed", "")), int(about.get("feed", 0)), bytes(about.get("build", b""))
+
+
+def main(arguments: list[str]) -> int:
+    """`RUN_DIR NAME CONFIG_JSON online|export`: what the supervisor starts."""
+    run_dir, name, config_json, how = arguments
+    config = msgspec.json.decode(config_json, type=registry.CONFIGS[name])
+    work = Path(run_dir)
+    if how == "export":
+        return export(work, name, config)
+    return carry(work, name, config)

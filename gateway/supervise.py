@@ -1,0 +1,297 @@
+"""Starting, watching and ending the gateway's processes: ingest, rules, one per (run, sink).
+
+Every child may die at any instruction; it is started again with a growing pause and goes on from
+disk. A sweeper thread ships what dead ranks of this node left behind.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import apsw
+import msgspec
+
+from rank_client import sweep
+from rank_client.rendezvous import clean_environment, gateway_command
+from rank_client.spool import spool_root
+
+from .config import Config
+from .series.reader import Reader
+from .sinks.loop import ENDED
+from .sinks.process import BUSY, OFF, fresh
+
+TICK_SECONDS = 0.2
+SWEEP_SECONDS = 2.0
+SHIP_SECONDS = 60.0
+STOP_SECONDS = 15.0
+LINGER_SECONDS = 3.0  #: with nothing to do, before a detached gateway leaves
+UNUSED_SECONDS = 60.0  #: the same when nobody ever came
+STALE_SECONDS = 3.0
+BIND_FAILED = 69  #: exit code of ingest; the message is in its log
+
+log = logging.getLogger("rankgate")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A small file another process writes by rename; empty when it is not there."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+@dataclass
+class Child:
+    """A process that should be running, and when to start it (again)."""
+
+    command: list[str]
+    process: subprocess.Popen[bytes] | None = None
+    start_at: float = 0.0
+    pause_seconds: float = 0.2
+    started_at: float = 0.0
+
+    def start(self, environ: dict[str, str], now: float) -> None:
+        self.process = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, env=environ)
+        self.started_at = now
+
+    def ended(self, now: float) -> int | None:
+        """The exit code once the process is gone, and when it may start again."""
+        if self.process is None or (code := self.process.poll()) is None:
+            return None
+        self.process = None
+        if now - self.started_at > 30:
+            self.pause_seconds = 0.2
+        self.start_at = now + self.pause_seconds
+        self.pause_seconds = min(self.pause_seconds * 2, 30.0)
+        return code
+
+
+class Sweeper(threading.Thread):
+    """Ships orphans of this node, every few seconds; `busy` while there is one to ship."""
+
+    def __init__(self, root: Path, address: str) -> None:
+        super().__init__(name="rankgate-sweep", daemon=True)
+        self.busy = True  # until the first look
+        self._root = root
+        self._address = address
+        self._stop_event = threading.Event()
+
+    def run(self) -> None:
+        spool = spool_root(os.environ)
+        sweep.tidy(spool, time.time())
+        while not self._stop_event.is_set():
+            try:
+                orphans = sweep.find(spool, self._root, self._has_run)
+                self.busy = bool(orphans)
+                for orphan in orphans:
+                    shipped = sweep.ship(orphan, self._address, SHIP_SECONDS)
+                    for text in shipped.damage:
+                        log.error("spool damaged, what follows cannot be shipped: %s", text)
+                    log.info(
+                        "shipped %d records and %d files of a process of run %s that is gone",
+                        shipped.records,
+                        shipped.files,
+                        orphan.run,
+                    )
+                self.busy = False
+            except Exception:
+                log.exception("sweeping the spool failed; it is tried again")
+            self._stop_event.wait(SWEEP_SECONDS)
+
+    def _has_run(self, run: str) -> bool:
+        return (self._root / "runs" / run / "journal").is_dir()
+
+    def stop(self) -> None:
+        self._stop_event.set()
+
+
+class Supervisor:
+    """All processes of one gateway. The caller holds the data directory's lock."""
+
+    def __init__(self, root: Path, config: Config, addresses: list[str], forever: bool) -> None:
+        self.root = root
+        self.config = config
+        self.addresses = addresses
+        self.exit_code = 0
+        self._forever = forever
+        self._environ = clean_environment(os.environ)
+        budget = str(config.gateway.budget_mib << 20)
+        self._ingest = Child(gateway_command("ingest", str(root), json.dumps(addresses), budget))
+        self._rules = Child(gateway_command("rules", str(root)))
+        self._sinks: dict[tuple[str, str], Child] = {}
+        self._off: set[tuple[str, str]] = set()
+        self._sweeper = Sweeper(root, addresses[0])
+        self._quiet_since: float | None = None
+        self._used = False
+        self._begun = time.monotonic()
+        self._stopping = False
+
+    def run(self, ready: Callable[[], None]) -> int:
+        """Until SIGTERM or SIGINT, or until there is nothing left to do; the exit code."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        while not self._stopping:
+            now = time.monotonic()
+            if not self._keep_alive(now):
+                break
+            if not self._sweeper.is_alive() and self._serving():
+                self._sweeper.start()
+                ready()
+            if self._sweeper.is_alive():
+                self._look_after_sinks(now)
+                if not self._forever and self._may_leave(now):
+                    log.info("nothing left to do; leaving")
+                    break
+            time.sleep(TICK_SECONDS)
+        self._shut_down()
+        return self.exit_code
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        self._stopping = True
+
+    # --- ingest and rules --------------------------------------------------------------------------
+
+    def _keep_alive(self, now: float) -> bool:
+        """False when ingest cannot work here at all."""
+        for child in (self._ingest, self._rules):
+            code = child.ended(now)
+            if code is not None:
+                log.error("%s ended with %s; it goes on from disk", child.command[3], code)
+                if child is self._ingest and code == BIND_FAILED:
+                    self.exit_code = BIND_FAILED
+                    return False
+            if child.process is None and now >= child.start_at:
+                child.start(self._environ, now)
+        return True
+
+    def _serving(self) -> bool:
+        process = self._ingest.process
+        return (
+            process is not None and read_json(self.root / "ingest.json").get("pid") == process.pid
+        )
+
+    def _status(self) -> dict[str, Any]:
+        """What ingest said last, empty when that is old."""
+        found = read_json(self.root / "ingest.json")
+        if time.time_ns() - found.get("at_ns", 0) > STALE_SECONDS * 1e9:
+            return {}
+        return found
+
+    # --- sinks -------------------------------------------------------------------------------------
+
+    def _look_after_sinks(self, now: float) -> None:
+        for (run, name), child in list(self._sinks.items()):
+            code = child.ended(now)
+            if code in (OFF, BUSY):
+                self._off.add((run, name))
+            elif code:
+                log.warning("sink %s of run %s ended with %s; started again", name, run, code)
+        for run in self._status().get("journals", {}):
+            for name in self.config.sinks:
+                self._look_after_sink(now, run, name)
+
+    def _look_after_sink(self, now: float, run: str, name: str) -> None:
+        child = self._sinks.get((run, name))
+        running = sum(c.process is not None for c in self._sinks.values())
+        if (
+            (child and (child.process or now < child.start_at))
+            or (run, name) in self._off
+            or running >= self.config.gateway.max_sink_processes
+            or not self._has_work(run, name)
+        ):
+            return
+        config = self.config.sinks[name]
+        how = "export" if config.mode == "offline" else "online"
+        if child is None:
+            packed = msgspec.json.encode(config).decode()
+            run_dir = str(self.root / "runs" / run)
+            child = Child(gateway_command("sink", run_dir, name, packed, how))
+            self._sinks[run, name] = child
+        child.start(self._environ, now)
+
+    def _has_work(self, run: str, name: str) -> bool:
+        run_dir = self.root / "runs" / run
+        offline = self.config.sinks[name].mode == "offline"
+        try:
+            with Reader(run_dir) as reader:
+                about = reader.about()
+                if offline and (about.state not in ENDED or not self._settled(run, about.cursor)):
+                    return False
+                return not fresh(run_dir, name, reader, offline)
+        except (apsw.Error, KeyError):
+            return False  # no series yet
+
+    def _settled(self, run: str, cursor: int) -> bool:
+        """All that ranks sent is projected, and no dead rank's spool waits."""
+        journal = self._status().get("journals", {}).get(run, 1 << 62)
+        return cursor >= journal and not self._sweeper.busy
+
+    # --- leaving -----------------------------------------------------------------------------------
+
+    def _may_leave(self, now: float) -> bool:
+        status = self._status()
+        if not status:
+            return False
+        if status["streams"] or status["blobs"] or self._sweeper.busy or self._held():
+            self._used = self._used or bool(status["streams"])
+            self._quiet_since = None
+            return False
+        if self._quiet_since is None:
+            self._quiet_since = now
+        quiet = now - self._quiet_since
+        if not self._used and not status["journals"]:
+            return quiet > UNUSED_SECONDS
+        if quiet > self.config.gateway.drain_seconds:
+            return True
+        return quiet > LINGER_SECONDS and self._drained(status)
+
+    def _held(self) -> bool:
+        """Does a `rankgate run` or `drain` still want us? Each leaves a file named by its pid."""
+        holds = self.root / "holds"
+        held = False
+        for path in holds.glob("*") if holds.is_dir() else ():
+            if Path(f"/proc/{path.name}").exists():
+                held = True
+            else:
+                path.unlink(missing_ok=True)
+        return held
+
+    def _drained(self, status: dict[str, Any]) -> bool:
+        if any(child.process for child in self._sinks.values()):
+            return False
+        for run, end in status["journals"].items():
+            try:
+                with Reader(self.root / "runs" / run) as reader:
+                    if reader.about().cursor < end:
+                        return False
+            except (apsw.Error, KeyError):
+                return False
+            for name in self.config.sinks:
+                if (run, name) not in self._off and self._has_work(run, name):
+                    return False
+        return True
+
+    def _shut_down(self) -> None:
+        """Ingest first, so that rules and sinks see all there is; one deadline for all."""
+        deadline = time.monotonic() + STOP_SECONDS
+        self._sweeper.stop()
+        for child in (*self._sinks.values(), self._ingest, self._rules):
+            if child.process is not None:
+                child.process.terminate()
+        for child in (*self._sinks.values(), self._ingest, self._rules):
+            if child.process is not None:
+                try:
+                    child.process.wait(max(0.1, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    child.process.kill()

@@ -1,0 +1,22 @@
+"""Every test has its own spool, data directory and no rank in its environment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+_NOT_OURS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_", "TORCHELASTIC_", "RANKGATE_", "OMPI_",
+             "NEPTUNE_", "CLEARML_", "ULTRALYTICS_", "HUB_API")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    for name in list(os.environ):
+        if name.startswith(_NOT_OURS):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("RANKGATE_SPOOL", str(tmp_path / "spool"))
+    monkeypatch.setenv("RANKGATE_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("NO_COLOR", "1")
