@@ -19,8 +19,7 @@ def _clearml(server: ClearmlServer) -> int:
 
 
 def _neptune(server: NeptuneServer) -> int:
-    runs = {run.custom_id for run in server.runs.values()}
-    return sum(len(points) for run in runs for points in server.series(run).values())
+    return sum(len(p) for id_ in server.runs for p in server.series(id_).values())
 
 
 def _hub(server: PlatformServer) -> int:
@@ -39,7 +38,7 @@ def main() -> None:
         with ClearmlServer() as clearml:
             _serve(clearml, clearml.env, lambda: _clearml(clearml))
     elif name == "neptune":
-        with NeptuneServer() as neptune:
+        with NeptuneServer(("team/bench",)) as neptune:
             env = {"NEPTUNE_API_TOKEN": token(neptune.url), "NEPTUNE_PROJECT": "team/bench"}
             env["OAUTHLIB_INSECURE_TRANSPORT"] = "1"
             _serve(neptune, env, lambda: _neptune(neptune))

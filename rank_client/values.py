@@ -85,7 +85,8 @@ def flatten(
 ) -> Iterator[tuple[str, Any]]:
     """Nested dicts as (key, value) with keys joined by `/`."""
     for key, value in values.items():
-        name = f"{prefix}{key}"
+        # An enum of texts equals its text, so it must be named by it too.
+        name = prefix + (str.__str__(key) if isinstance(key, str) else str(key))
         if isinstance(value, Mapping) and depth > 0:
             yield from flatten(value, f"{name}/", depth - 1)
         else:
@@ -106,8 +107,8 @@ def plain(value: Any) -> float | int | bool | str | None:
 
 def clean_key(key: Any) -> str:
     """A key as text that every store can hold: no lone surrogates, at most 512 characters."""
-    text = str.__str__(key) if isinstance(key, str) else str(key)
-    if text.isascii() and 0 < len(text) <= 512:
+    text = key if type(key) is str else str(key)
+    if text.isascii() and 0 < len(text) <= 512 and "\0" not in text:
         return text
     text = text.encode("utf-8", "replace").decode("utf-8").replace("\0", "�")[:512]
     return text or "_"

@@ -21,7 +21,8 @@ from .. import attach
 from ..config import Config, build, load
 from ..errors import RankgateError
 from ..supervise import read_json
-from ..view.terminal import summary_lines
+from ..view.queries import shown
+from ..view.summary import summary_lines
 
 PROGRESS_SECONDS = 5.0
 SETTLE_SECONDS = 10.0
@@ -182,10 +183,11 @@ class Launch:
                 return
             self._wait(runs, settings)
             for run in runs:
-                sys.stderr.write("\n".join(summary_lines(self.root, run)) + "\n")
+                seen = shown(self.root / "runs" / run, time.time_ns(), spool_root(self.environ))
+                sys.stderr.write("\n".join(summary_lines(seen)) + "\n")
         except KeyboardInterrupt:
             say("not waiting any longer; nothing is lost, the gateway goes on by itself")
-        except OSError as error:
+        except Exception as error:  # the command's exit code is its own, whatever goes wrong here
             say(f"cannot finish: {error}; nothing is lost. Later: rankgate drain")
 
     def _settle(self) -> list[str]:

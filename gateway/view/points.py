@@ -91,7 +91,7 @@ class KeyRow:
     not_finite: tuple[NotFinite, ...]
 
 
-# --- attempts --------------------------------------------------------------------------------------
+# --- attempts ------------------------------------------------------------------------------------
 
 
 def lives_of(reader: Reader, about: About, streams: Sequence[StreamRow]) -> Lives:
@@ -157,7 +157,7 @@ def _by(values: npt.NDArray[Any]) -> Ints:
     return np.argsort(values, kind="stable")
 
 
-# --- one key ---------------------------------------------------------------------------------------
+# --- one key -------------------------------------------------------------------------------------
 
 
 def in_order(points: Points, lives: Lives) -> Points:
@@ -203,7 +203,7 @@ def attempt_numbers(points: Points, lives: Lives) -> Ints:
     return np.where(before < 0, 0, before + takes)
 
 
-# --- the query -------------------------------------------------------------------------------------
+# --- the query -----------------------------------------------------------------------------------
 
 
 def matching_keys(reader: Reader, globs: Sequence[str]) -> list[str]:
@@ -329,7 +329,7 @@ def _plain_numbers(value: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return value.astype(np.int64 if whole else np.float64)
 
 
-# --- a key at a glance -----------------------------------------------------------------------------
+# --- a key at a glance ---------------------------------------------------------------------------
 
 
 def key_row(

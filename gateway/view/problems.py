@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..series.reader import About, StreamRow
-from .words import clean, count, duration, plural, rank_name, ranges
+from .words import clean, count, duration, plural, ranges, rank_name
 
 ALONE = 3  #: so many silent ranks get a sentence each, more are told by node
 GOES_ON_NS = 5 * 10**9  #: logged so long after another was last heard: not waiting for it
@@ -57,13 +57,11 @@ def find_problems(
     ranks: Sequence[Rank],
     losses: Sequence[tuple[int, int, int, int, str]],
     quarantine: Sequence[tuple[int, int | None, int, int, str]],
-    live: bool,
 ) -> tuple[Problem, ...]:
-    """Every problem, worst first. Unreachable records are told by `unreachable`."""
-    out = [*_failures(about, ranks), *_silences(ranks)]
-    if about.state == "lost" and not live:
-        out.append(Problem("silent", clean(about.reason) or "no rank was heard for 60 s"))
-    out += _missing(ranks)
+    """Every problem, worst first, but for records that are `unreachable`."""
+    out = [*_failures(about, ranks)]
+    out += _silences(ranks) if about.state == "running" else _gone(about, ranks)
+    out += _missing(ranks) if about.state in ("running", "lost") else ()
     out += _losses(streams, losses)
     out += _memory(ranks)
     out += _quarantine(quarantine)
@@ -146,6 +144,18 @@ def _others_go_on(silent: Sequence[Rank], ranks: Sequence[Rank]) -> bool:
     return any(r.logged_ns > heard + GOES_ON_NS or r.step > step + 1 for r in others)
 
 
+def _gone(about: About, ranks: Sequence[Rank]) -> Iterable[Problem]:
+    """Ranks that never said how they ended, in a run that is over."""
+    gone = [r for r in ranks if r.state in ("silent", "unknown")]
+    if about.state == "lost":
+        step = max((r.step for r in ranks), default=-1)
+        who = ranges(r.rank for r in gone)
+        yield Problem("silent", f"no rank was heard for 60 s{_at_step(step)}; silent: {who}")
+    elif gone:
+        who = name_of(gone[0]) if len(gone) == 1 else f"ranks {ranges(r.rank for r in gone)}"
+        yield Problem("silent", f"{who} did not say how it ended", None, gone[0].node)
+
+
 def _missing(ranks: Sequence[Rank]) -> Iterable[Problem]:
     missing = [r.rank for r in ranks if r.state == "missing"]
     if missing:
@@ -186,6 +196,6 @@ def _quarantine(
 ) -> Iterable[Problem]:
     sums: dict[str, int] = {}
     for _, _, _, n, reason in quarantine:
-        sums[reason] = sums.get(reason, 0) + n
+        sums[reason] = sums.get(reason, 0) + (n or 1)
     for reason, n in sums.items():
         yield Problem("quarantine", f"{plural(n, 'record')} set aside: {clean(reason)}")

@@ -23,8 +23,8 @@ from rank_client.wire.segments import SPOOL_KINDS, scan_segment, segment_indexes
 from ..series.reader import About, Reader, StreamRow
 from ..sinks.store import SinkView, read_views
 from .finding import Label, label, reading, run_dirs
-from .points import KeyRow, Lives, key_row, lives_of, matching_keys
-from .problems import Problem, find_problems
+from .points import KeyRow, key_row, lives_of, matching_keys
+from .problems import Problem, find_problems, unreachable
 
 ANSWER_NS = 3 * 10**9  #: ingest says each second that it is there
 JUST_OPENED_NS = 5 * 10**9  #: a rank that young may not stand in live.json yet
@@ -121,7 +121,7 @@ class RunView:
     started_ns: int
     seconds: float
     step: int
-    attempt: int
+    last_record_ns: int
     world_size: int
     live_ranks: int
     nodes: tuple[str, ...]
@@ -142,13 +142,14 @@ class Shown:
     """What `show` tells beside the run: keys, at the step that most of them share."""
 
     view: RunView
+    attempt: int  #: the newest
     step: int
     keys: tuple[KeyRow, ...]
     all_keys: int
     summary: dict[str, dict[int, Any]]  #: key → rank → final value
 
 
-# --- files -----------------------------------------------------------------------------------------
+# --- files ---------------------------------------------------------------------------------------
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -216,7 +217,7 @@ def tree_bytes(root: Path) -> int:
     return total
 
 
-# --- accounting ------------------------------------------------------------------------------------
+# --- accounting ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +274,7 @@ def _told(
     return _Told(max(last, found.last), max(refused, found.refused), found.spool)
 
 
-# --- the run ---------------------------------------------------------------------------------------
+# --- the run -------------------------------------------------------------------------------------
 
 
 def run_view(run_dir: Path, now_ns: int, spool: Path | None = None) -> RunView:
@@ -281,8 +282,7 @@ def run_view(run_dir: Path, now_ns: int, spool: Path | None = None) -> RunView:
     with reading(run_dir) as reader:
         about, streams = reader.about(), reader.streams()
         losses, quarantine = reader.losses(), reader.quarantine()
-        lives = lives_of(reader, about, streams)
-    return _Making(run_dir, now_ns, spool, about, streams, lives).view(losses, quarantine)
+    return _Making(run_dir, now_ns, spool, about, streams).view(losses, quarantine)
 
 
 class _Making:
@@ -295,13 +295,13 @@ class _Making:
         spool: Path | None,
         about: About,
         streams: list[StreamRow],
-        lives: Lives,
     ) -> None:
         self.run_dir, self.now_ns, self.about, self.streams = run_dir, now_ns, about, streams
-        self.lives = lives
         self.live_file = read_json(run_dir / "live.json")
         self.told_live = {
-            str(s.get("stream")): s for s in self.live_file.get("streams") or () if isinstance(s, dict)
+            str(s.get("stream")): s
+            for s in self.live_file.get("streams") or ()
+            if isinstance(s, dict)
         }
         gateway = gateway_of(run_dir.parent.parent, now_ns)
         fresh = now_ns - _int(self.live_file.get("at_ns")) < ANSWER_NS
@@ -332,7 +332,8 @@ class _Making:
         end = self._end_ns()
         accounting = Accounting.total(self.books.values())
         passed, held = _counters(about.counters, "passed "), _counters(about.counters, "held ")
-        problems = find_problems(about, self.streams, ranks, losses, quarantine, self.live)
+        problems = find_problems(about, self.streams, ranks, losses, quarantine)
+        gone = [unreachable(r, r.accounting.unreachable) for r in ranks if r.accounting.unreachable]
         dropped = max(about.duplicates, _int(self.live_file.get("duplicates")))
         return RunView(
             run=self.run_dir.name,
@@ -347,12 +348,12 @@ class _Making:
             started_ns=started,
             seconds=max(0.0, (end - started) / 1e9) if started else 0.0,
             step=max((r.step for r in ranks), default=-1),
-            attempt=self.lives.attempts,
+            last_record_ns=max([about.now_ns if not ranks else 0, *(r.logged_ns for r in ranks)]),
             world_size=len(ranks),
             live_ranks=sum(r.state == "live" for r in ranks),
             nodes=tuple(dict.fromkeys(r.node for r in ranks if r.node)),
             ranks=ranks,
-            problems=problems,
+            problems=(*problems, *gone),
             accounting=accounting,
             duplicates=dropped,
             quarantined=sum(n for _, _, _, n, _ in quarantine),
@@ -462,7 +463,7 @@ def _sink_row(view: SinkView, feed: int, newest_ns: int, started_ns: int) -> Sin
     )
 
 
-# --- keys ------------------------------------------------------------------------------------------
+# --- keys ----------------------------------------------------------------------------------------
 
 
 def key_order(name: str) -> tuple[int, str]:
@@ -484,7 +485,7 @@ def shown(
     with reading(run_dir) as reader:
         about, streams = reader.about(), reader.streams()
         lives = lives_of(reader, about, streams)
-        making = _Making(run_dir, now_ns, spool, about, streams, lives)
+        making = _Making(run_dir, now_ns, spool, about, streams)
         view = making.view(reader.losses(), reader.quarantine())
         names = sorted(matching_keys(reader, globs), key=key_order)
         ranks = frozenset(r.rank for r in view.ranks)
@@ -492,7 +493,7 @@ def shown(
         found = [key_row(reader, lives, name, newest, ranks) for name in names[:limit]]
         summary = final_values(reader, streams)
     rows = tuple(row for row in found if row is not None)
-    return Shown(view, _shared_step(rows), rows, len(names), summary)
+    return Shown(view, lives.attempts, _shared_step(rows), rows, len(names), summary)
 
 
 def _shared_step(rows: Sequence[KeyRow]) -> int:
@@ -514,7 +515,7 @@ def final_values(
     return out
 
 
-# --- many runs -------------------------------------------------------------------------------------
+# --- many runs -----------------------------------------------------------------------------------
 
 
 def newest_first(data_dir: Path) -> list[Path]:

@@ -1,0 +1,68 @@
+"""Options and arguments that several commands share, each worded once."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rank_client.spool import spool_root
+
+from ..errors import BadConfig
+
+Dir = Annotated[
+    Path,
+    typer.Option("--dir", envvar="RANKGATE_DIR", help="The data directory.", show_envvar=True),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON; its names are stable.")]
+RunName = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="A run's id, the start of one, its name (digits-7f3a), or its folder."
+    ),
+]
+Ranks = Annotated[
+    str,
+    typer.Option("--rank", help="Ranks: 0,3 or 0:8 (0 to 7) or all.", metavar="RANKS"),
+]
+
+DEFAULT_DIR = Path(".rankgate")
+
+
+def ranks_of(text: str) -> frozenset[int] | None:
+    """`all`, `3`, `0,3`, `0:8`; None for all. Raises BadConfig."""
+    if text == "all":
+        return None
+    out: set[int] = set()
+    try:
+        for part in text.split(","):
+            first, colon, end = part.partition(":")
+            out |= set(range(int(first), int(end))) if colon else {int(part)}
+    except ValueError:
+        raise BadConfig(f"--rank takes 0,3 or 0:8 or all, not {text!r}.") from None
+    return frozenset(out)
+
+
+def steps_of(text: str) -> tuple[int | None, int | None]:
+    """`A:B`, either end left out; half-open. Raises BadConfig."""
+    first, colon, end = text.partition(":")
+    try:
+        low, high = (int(part.replace(",", "")) if part.strip() else None for part in (first, end))
+    except ValueError:
+        raise BadConfig(f"--steps takes A:B, as in 100:200, not {text!r}.") from None
+    if not colon and low is not None:
+        return low, low + 1
+    return low, high
+
+
+def spool() -> Path:
+    """This node's spool root."""
+    return spool_root(os.environ)
+
+
+def write(text: str) -> None:
+    """To stdout as it is."""
+    sys.stdout.write(text)

@@ -1,0 +1,51 @@
+"""`rankgate show`: one run, its problems and its values."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from ..errors import UnknownRun
+from ..view.export import json_text
+from ..view.finding import find_run
+from ..view.lines import console, width_of
+from ..view.queries import shown
+from ..view.terminal import show_lines
+from .options import DEFAULT_DIR, Dir, Json, RunName, spool, write
+
+
+def command(
+    run: RunName,
+    keys: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY]...", help="Keys or globs; left out: all, losses first."),
+    ] = None,
+    directory: Dir = DEFAULT_DIR,
+    as_json: Json = False,
+) -> None:
+    """Show one run: state, problems, and every key at the last step that all ranks have.
+
+    Ranks stand side by side as mean, min and max, each with its rank. NaN and Inf are named with
+    rank and steps.
+
+    \b
+    Examples:
+      rankgate show 7f3a
+      rankgate show digits-7f3a 'train/*'
+      rankgate show /archive/runs/7f3a9c21d04e --json
+
+    --json gives an object: view (the run as `status --json` tells it, with its ranks, problems,
+    accounting and sinks), attempt, step, keys (key, step, ranks, expected, mean, min, min_rank,
+    max, max_rank, same, values, spark, not_finite), all_keys, summary.
+    """
+    found = shown(find_run(directory, run), time.time_ns(), spool(), keys or ["*"])
+    if keys and not found.keys:
+        raise UnknownRun(f"Run {found.view.name} has no key that matches {' '.join(keys)!r}.")
+    if as_json:
+        write(json_text(found) + "\n")
+        return
+    out = console()
+    for line in show_lines(found, width_of(out)):
+        out.print(line)

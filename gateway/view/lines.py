@@ -1,0 +1,174 @@
+"""The pieces that terminal output is made of: columns, hanging sentences, lines said in several places."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.style import Style
+from rich.text import Text
+
+from .points import NotFinite
+from .queries import Accounting, RunView, Shown
+from .words import clean, count, duration, moment, plural, shorten
+
+WIDTH = 80
+GAP = "  "
+SHOWN_LINES = 6  #: of problems or of not-finite values
+
+#: of ranks 0 to 7, in every surface the same; 4 is ink
+RANK_COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "default", "#E69F00", "#56B4E9", "#882255",
+)  # fmt: skip
+STATE_STYLES = {"running": "green", "completed": "green", "failed": "bold red", "lost": "bold red"}
+HEADER = Style(dim=True)
+
+
+def console(to_stderr: bool = False) -> Console:
+    """Prints lines as they are: no markup, no wrapping; colour only on a terminal without
+    NO_COLOR."""
+    stream = sys.stderr if to_stderr else sys.stdout
+    return Console(file=stream, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def width_of(out: Console) -> int:
+    """The columns there are, 80 where nobody says."""
+    return max(60, out.width) if out.is_terminal else out.width or WIDTH
+
+
+def rank_style(rank: int, ranks: int) -> str:
+    """A rank's colour where there are at most eight; more would share colours."""
+    return RANK_COLOURS[rank] if ranks <= len(RANK_COLOURS) and 0 <= rank < 8 else ""
+
+
+# --- lines ---------------------------------------------------------------------------------------
+
+
+def columns(
+    header: Sequence[str], rows: Iterable[Sequence[str | Text]], right: str = "", flex: int = -1
+) -> list[Text]:
+    """Rows under a header. `right` has one character per column: `>` stands right."""
+    table = [[Text(h, HEADER) for h in header]]
+    table += [[c if isinstance(c, Text) else Text(c) for c in row] for row in rows]
+    widths = [max((row[i].cell_len for row in table if i < len(row)), default=0)
+              for i in range(len(header))]  # fmt: skip
+    over = sum(widths) + len(GAP) * (len(widths) - 1) - WIDTH
+    if flex >= 0 and over > 0:
+        widths[flex] = max(8, widths[flex] - over)
+    return [_joined(row, widths, right, flex) for row in table]
+
+
+def _joined(row: list[Text], widths: list[int], right: str, flex: int) -> Text:
+    line = Text()
+    for i, cell in enumerate(row):
+        if i == flex and cell.cell_len > widths[i]:
+            cell = Text(shorten(cell.plain, widths[i]), cell.style)
+        pad = " " * max(0, widths[i] - cell.cell_len)
+        stands_right = right[i : i + 1] == ">"
+        line.append(GAP if i else "")
+        line.append(pad if stands_right else "")
+        line.append_text(cell)
+        line.append("" if stands_right or i == len(row) - 1 else pad)
+    return line
+
+
+def wrapped(text: str, first: str, rest: str, width: int, style: str = "") -> list[Text]:
+    """A sentence over as many lines as it needs, hanging under its first."""
+    lines: list[Text] = []
+    line, lead = "", first
+    for word in text.split(" "):
+        if line and len(lead) + len(line) + 1 + len(word) > width:
+            lines.append(Text(lead).append(line, style))
+            line, lead = word, rest
+        else:
+            line = f"{line} {word}" if line else word
+    lines.append(Text(lead).append(line, style))
+    return lines
+
+
+def problem_lines(view: RunView, width: int = WIDTH, indent: str = "") -> list[Text]:
+    out: list[Text] = []
+    for problem in view.problems[:SHOWN_LINES]:
+        out += wrapped(problem.text, f"{indent}! ", f"{indent}  ", width, "red")
+    more = len(view.problems) - SHOWN_LINES
+    if more > 0:
+        out.append(Text(f"{indent}! and {plural(more, 'more problem')}: rankgate show --json"))
+    return out
+
+
+def state_text(view: RunView) -> Text:
+    """The state, and since when or until when."""
+    text = Text(view.state, STATE_STYLES.get(view.state, ""))
+    if view.state == "running" and not view.live:
+        return text.append(f" as of {moment(view.as_of_ns)}", "")
+    return text.append(f"{' ' if view.live else ' after '}{duration(view.seconds)}", "")
+
+
+def step_text(step: int) -> str:
+    return f"step {count(step)}" if step >= 0 else "no step yet"
+
+
+def ranks_text(view: RunView) -> str:
+    """`63 of 64 ranks live`; without a gateway that says so, how many there are."""
+    if view.live:
+        return f"{view.live_ranks} of {plural(view.world_size, 'rank')} live"
+    finished = sum(r.state == "finished" for r in view.ranks)
+    if view.state != "running" and finished:
+        return f"{finished} of {plural(view.world_size, 'rank')} finished"
+    return plural(view.world_size, "rank")
+
+
+def logged_lines(book: Accounting, duplicates: int) -> list[Text]:
+    line = Text("LOGGED   ").append(
+        f"{count(book.logged)} = stored {count(book.stored)} + on the way {count(book.on_the_way)}"
+        " + "
+    )
+    line.append(f"lost {count(book.lost)}", "bold red" if book.lost else "")
+    out = [line]
+    if book.on_the_way and book.spooled_in:
+        out += wrapped(
+            f"on the way: spooled in {clean(book.spooled_in)}; rankgate drain ships it",
+            " " * 9, " " * 9, WIDTH,
+        )  # fmt: skip
+    if duplicates:
+        out.append(Text(f"         {plural(duplicates, 'duplicate')} dropped"))
+    return out
+
+
+def all_well(view: RunView) -> Text:
+    text = f"{ranks_text(view)}, lost {count(view.accounting.lost)}"
+    return Text("✓ ", "green").append(text, "")
+
+
+def not_finite_lines(found: Sequence[NotFinite]) -> list[Text]:
+    out = []
+    for n in found[:SHOWN_LINES]:
+        on = f" on rank {n.rank}" if n.rank >= 0 else ""
+        steps = f"step {count(n.first_step)}"
+        if n.first_step != n.last_step:
+            steps = f"steps {count(n.first_step)}–{count(n.last_step)}"
+        line = Text(f"{n.what}: ", "red")
+        out.append(line.append(f"{clean(n.key)}{on}, {steps} ({plural(n.values, 'value')})", ""))
+    more = len(found) - SHOWN_LINES
+    if more > 0:
+        out.append(Text(f"and {more} more key and rank with NaN or Inf: rankgate show --json"))
+    return out
+
+
+def next_lines(shown: Shown) -> list[Text]:
+    view = shown.view
+    odd = next((p.rank for p in view.problems if p.rank is not None), None)
+    tail = f"rankgate tail {view.short}"
+    tail += f" --rank {odd}" if odd is not None else " --follow" if view.live else ""
+    out = [Text(f"Next: {tail}")]
+    if shown.keys:
+        key = _quoted(shown.keys[0].key)
+        out.append(Text(f"      rankgate query {view.short} {key} --rank all"))
+    return out
+
+
+def _quoted(key: str) -> str:
+    key = clean(key)
+    plain = all(c.isalnum() or c in "/_-.:=+@%," for c in key)
+    return key if plain else "'" + key.replace("'", "'\\''") + "'"
