@@ -121,7 +121,7 @@ def _check(shape: Shape, points: Points) -> None:
 
 def _table(out: dict[str, Any]) -> None:
     say(
-        "\nseries.db            points   rebuild s  Mpt/s   one key: points       ms   last value, ms"
+        "\nseries.db            points   rebuild s  Mpt/s   one key: points      ms  last value, ms"
     )
     for name, r in out.items():
         key, last = (r[q]["median_ms"] for q in ("one_key_all_ranks", "last_value_per_rank"))

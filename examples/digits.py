@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-CONFIG = {"epochs": 6, "batch_size": 32, "lr": 0.05, "momentum": 0.9, "seed": 0}
+CONFIG = {"epochs": 15, "batch_size": 16, "lr": 0.05, "momentum": 0.9, "seed": 0}
 
 
 def load() -> tuple[TensorDataset, TensorDataset]:

@@ -162,7 +162,8 @@ class Launch:
             stored = sum(s["durable"] for s in streams)
             silent = sum(s["silent"] for s in streams)
             alive = f"{len(streams) - silent} ranks live"
-            say(f"{alive}  step {step:,}  {stored:,} records stored")
+            at = f"  step {step:,}" if step >= 0 else ""
+            say(f"{alive}{at}  {stored:,} records stored")
 
     # --- after -------------------------------------------------------------------------------------
 

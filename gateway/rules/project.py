@@ -132,6 +132,8 @@ class Projection:
         self.gate = Gate()
         self.counters: dict[str, int] = {}
         self.media_wanted: dict[tuple[int, int], str] = {}  #: (stream, seq) → rule, no blob yet
+        #: (stream id, seq) → (sha256, size): files that overtook the record that names them
+        self.early_blobs: dict[tuple[bytes, int], tuple[str, int]] = {}
         self.launchers: dict[str, int] = {}  #: launch → exit code of its launcher
         self.duplicates = 0
         self.now_ns = 0
@@ -176,6 +178,9 @@ class Projection:
             self._tick(body)
             return
         stream = self.streams.get(body.get("stream", b""))
+        if kind == Kind.BLOB:
+            self._blob(seq, stream, body)
+            return
         if stream is None:
             self._count("journal entries of an unknown stream")
             return
@@ -185,8 +190,6 @@ class Projection:
             stream.bye = True
             stream.ended_ns = stream.ended_ns or body["r"]
             self._touch(stream)
-        elif kind == Kind.BLOB:
-            self._blob(seq, stream, body)
 
     def _open(self, body: dict[str, Any]) -> None:
         hello = {**body["hello"], "stream": body["stream"]}
@@ -218,15 +221,23 @@ class Projection:
         self._changes.losses.append((stream.index, first, last, last - first + 1, reason))
         self._touch(stream)
 
-    def _blob(self, entry: int, stream: Stream, body: dict[str, Any]) -> None:
-        """A file's last byte: only now may a sink see it."""
-        key = (stream.index, body["media"])
-        rule = self.media_wanted.pop(key, None)
-        if rule is None:
-            return  # told twice, as a sender may not hear our answer
-        self._changes.blobs.append((body["sha256"], body["size"], *key))
+    def _blob(self, entry: int, stream: Stream | None, body: dict[str, Any]) -> None:
+        """A file's last byte: only now may a sink see it. Files travel beside the records, so it
+        may come before the record that names it."""
+        media, told = body["media"], (body["sha256"], body["size"])
+        if stream is None or media > stream.last_seq:
+            self.early_blobs[body["stream"], media] = told
+            return
+        rule = self.media_wanted.pop((stream.index, media), None)
+        if rule is not None:  # else told twice, as a sender may not hear our answer
+            self._whole_media(entry, stream, media, rule, told)
+
+    def _whole_media(
+        self, entry: int, stream: Stream, media: int, rule: str, told: tuple[str, int]
+    ) -> None:
+        self._changes.blobs.append((*told, stream.index, media))
         if rule:
-            feed = (entry, "media", 0, stream.index, body["media"], body["media"], rule)
+            feed = (entry, "media", 0, stream.index, media, media, rule)
             self._feed.append((self._next(), feed))
 
     def _touch(self, stream: Stream) -> None:
@@ -449,7 +460,11 @@ class Projection:
             meta = dict(body.get("meta") or {})
             rule = self._gated(kind, stream.rank, 1)
             self._changes.media.append((*where, step, *named, meta, rule))
-            self.media_wanted[stream.index, head.seq] = rule  # in the feed once its bytes are here
+            told = self.early_blobs.pop((stream.id, head.seq), None)
+            if told is None:
+                self.media_wanted[stream.index, head.seq] = rule  # in the feed when they are here
+            else:
+                self._whole_media(entry, stream, head.seq, rule, told)
             return
         if kind == "text":
             self._changes.texts.append((*where, step, str(body["l"]), str(body["t"])))

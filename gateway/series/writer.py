@@ -145,6 +145,9 @@ class Series:
             "counters": msgpack.packb(dict(sorted(projection.counters.items()))),
             "generations": msgpack.packb(projection.generations.dump()),
             "launchers": msgpack.packb(projection.launchers),
+            "early_blobs": msgpack.packb(
+                [[*key, *told] for key, told in sorted(projection.early_blobs.items())]
+            ),
             "gate": msgpack.packb(projection.gate.as_maps()),
         }
         self.db.executemany("INSERT OR REPLACE INTO about VALUES(?, ?)", list(values.items()))
@@ -282,6 +285,10 @@ def load(db: apsw.Connection) -> tuple[Projection, int]:
         )
         projection.counters = msgpack.unpackb(about["counters"])
         projection.launchers = msgpack.unpackb(about["launchers"])
+        projection.early_blobs = {
+            (stream, seq): (sha256, size)
+            for stream, seq, sha256, size in msgpack.unpackb(about["early_blobs"])
+        }
         projection.gate = projection.gate.from_maps(msgpack.unpackb(about["gate"]))
         projection.now_ns, projection.duplicates = about["now_ns"], about["duplicates"]
     return projection, about["cursor"]
