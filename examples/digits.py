@@ -6,7 +6,6 @@ torchrun --standalone --nproc-per-node 4 examples/digits.py
 import time
 
 import numpy as np
-import rank_client
 import torch
 import torch.distributed as dist
 from sklearn.datasets import load_digits
@@ -14,6 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
+
+import rank_client
 
 CONFIG = {"epochs": 15, "batch_size": 16, "lr": 0.05, "momentum": 0.9, "seed": 0}
 

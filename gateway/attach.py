@@ -70,7 +70,10 @@ def hold(root: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError:
+            pass  # there was no directory to leave it in
 
 
 def address(root: Path) -> str:

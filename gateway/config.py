@@ -1,4 +1,4 @@
-"""The gateway's config: read and checked once, at start; every message names the key's full path."""
+"""The gateway's config: read and checked once, at start; messages name the key's full path."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ class Supervisor:
     def _on_signal(self, number: int, _frame: object) -> None:
         self._stopping = True
 
-    # --- ingest and rules --------------------------------------------------------------------------
+    # --- ingest and rules ----------------------------------------------------
 
     def _keep_alive(self, now: float) -> bool:
         """False when ingest cannot work here at all."""
@@ -188,7 +188,7 @@ class Supervisor:
             return {}
         return found
 
-    # --- sinks -------------------------------------------------------------------------------------
+    # --- sinks ---------------------------------------------------------------
 
     def _look_after_sinks(self, now: float) -> None:
         for (run, name), child in list(self._sinks.items()):
@@ -237,7 +237,7 @@ class Supervisor:
         journal = self._status().get("journals", {}).get(run, 1 << 62)
         return cursor >= journal and not self._sweeper.busy
 
-    # --- leaving -----------------------------------------------------------------------------------
+    # --- leaving -------------------------------------------------------------
 
     def _may_leave(self, now: float) -> bool:
         status = self._status()

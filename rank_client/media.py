@@ -148,7 +148,11 @@ class MediaSender:
         self._directory.mkdir(mode=0o700, exist_ok=True)
         part = self._directory / f".{os.urandom(6).hex()}"
         if now:
-            make(part)
+            try:
+                make(part)
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
         number = self._spool.append_map(Kind.MEDIA, body)
         if not number:
             part.unlink(missing_ok=True)
@@ -183,7 +187,7 @@ class MediaSender:
         if self._thread:
             self._thread.join(1.0)
 
-    # --- the thread ------------------------------------------------------------------------------
+    # --- the thread ----------------------------------------------------------
 
     def _run_thread(self) -> None:
         link: Link | None = None

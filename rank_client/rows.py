@@ -104,7 +104,7 @@ class Rows:
         self.last_log_ns = wall_ns
         return True
 
-    # --- the slow path ---------------------------------------------------------------------------
+    # --- the slow path -------------------------------------------------------
 
     def _slow(self, values: Any, step: Any) -> None:
         if not isinstance(values, Mapping):
@@ -207,7 +207,7 @@ class Rows:
         body = {"s": step, "w": wall_ns, "m": monotonic_ns(), "v": part}
         self._spool.append_map(Kind.KV, body)
 
-    # --- device tensors ----------------------------------------------------------------------------
+    # --- device tensors ------------------------------------------------------
 
     def _defer(self, step: int, good: dict[str, Any], waiting: dict[str, Any]) -> None:
         if not self._deferral.add(step, time_ns(), good, waiting):

@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -106,7 +106,7 @@ class Run:
             self._rows.settle,
         )
 
-    # --- logging ---------------------------------------------------------------------------------
+    # --- logging -------------------------------------------------------------
 
     def log(self, values: Mapping[str, Any], step: int | None = None) -> None:
         """Log scalars: Python, numpy or torch numbers; nested dicts are flattened with `/`.
@@ -211,7 +211,7 @@ class Run:
         """True once a backend or a person has asked to stop; rankgate itself never stops you."""
         return not self._dead and self._sender.session.stop
 
-    # --- files -----------------------------------------------------------------------------------
+    # --- files ---------------------------------------------------------------
 
     def _image(self, key: str, image: Any, step: int | None) -> None:
         if isinstance(image, str | os.PathLike):
@@ -276,7 +276,7 @@ class Run:
         body["w"] = time.time_ns()
         self._media.add(body, make, now)
 
-    # --- the end ---------------------------------------------------------------------------------
+    # --- the end -------------------------------------------------------------
 
     def finish(self, status: str = "completed", seconds: float = FINISH_SECONDS) -> bool:
         """End this process's part; waits at most `seconds` for the gateway to have it all.
@@ -365,7 +365,7 @@ class Run:
         except Exception as error:
             self._trouble("exit", error)
 
-    # --- inner -----------------------------------------------------------------------------------
+    # --- inner ---------------------------------------------------------------
 
     def _connect(self) -> Link | None:
         return Link(self._address or ipc_address(self._data_dir)) if self._online else None
@@ -473,7 +473,8 @@ def _check(
         raise ValueError(f"run must match [A-Za-z0-9._-]{{1,64}}, and {run!r} does not")
     if config is not None and not isinstance(config, Mapping):
         raise ValueError(f"config must be a dict, not {type(config).__name__}")
-    if isinstance(tags, str) or not all(isinstance(t, str) for t in tags):
+    listed = isinstance(tags, Collection) and not isinstance(tags, str)
+    if not listed or not all(isinstance(t, str) for t in tags):
         raise ValueError("tags must be a list of strings")
     for label, value in zip(("rank", "local_rank", "world_size"), numbers, strict=True):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):

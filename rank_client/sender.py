@@ -76,7 +76,7 @@ class Sender:
         self._thread = threading.Thread(target=self._run, name="rankgate-sender", daemon=True)
         self._thread.start()
 
-    # --- called from the training thread ---------------------------------------------------------
+    # --- called from the training thread -------------------------------------
 
     def finish(self, deadline: float, end: dict[str, Any], absent_seconds: float) -> bool:
         """Say BYE once all is acknowledged; False when the deadline came first.
@@ -96,7 +96,7 @@ class Sender:
         self._thread.join(max(0.0, min(1.0, deadline - time.monotonic())) + 0.2)
         return self.session.state == "closed"
 
-    # --- the thread ------------------------------------------------------------------------------
+    # --- the thread ----------------------------------------------------------
 
     def _run(self) -> None:
         try:

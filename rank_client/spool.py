@@ -95,7 +95,7 @@ class Spool:
         except OSError as error:
             self.volatile = f"cannot write the spool in {directory}: {error.strerror or error}"
 
-    # --- writing -------------------------------------------------------------------------------
+    # --- writing -------------------------------------------------------------
 
     def _open(self) -> None:
         if self.directory is None:
@@ -231,7 +231,7 @@ class Spool:
         self._ring_bytes += len(record)
         return True
 
-    # --- reading: the sender's thread ----------------------------------------------------------
+    # --- reading: the sender's thread ----------------------------------------
 
     @property
     def first_kept(self) -> int:
@@ -322,7 +322,7 @@ class Spool:
             segment.fd = self._disk.open_read(segment.path)
         return segment.fd
 
-    # --- upkeep: the sender's thread -----------------------------------------------------------
+    # --- upkeep: the sender's thread -----------------------------------------
 
     def sync(self) -> None:
         """Bring what was written to the disk itself. Called each second, never by `log`."""

@@ -144,7 +144,7 @@ class OrphanSource:
 
     def _survey(self) -> None:
         for position, index in enumerate(segment_indexes(self._disk, self._directory)):
-            buf, found = scan_segment(self._disk, self._directory, index, SPOOL_KINDS)
+            _, found = scan_segment(self._disk, self._directory, index, SPOOL_KINDS)
             if position == 0 and found.heads:
                 self.first_kept = found.heads[0].seq
                 self.last = self.first_kept - 1

@@ -134,9 +134,7 @@ class RankBuilder:
         self.ended = True
         if bye:
             self.run.journal.streams[self.stream].ended = True
-            self.run.entry(
-                Kind.BYE, {"stream": self.stream, "final": self.last, "status": status}
-            )
+            self.run.entry(Kind.BYE, {"stream": self.stream, "final": self.last, "status": status})
         return self
 
     # --- to the journal --------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The command `rankgate`: registers the commands, turns errors into one paragraph and an exit code."""
+"""The command `rankgate`: registers its commands, makes a paragraph and a code of an error."""
 
 from __future__ import annotations
 

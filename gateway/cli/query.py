@@ -87,7 +87,7 @@ def _check(format_: str, attempts: str, reduce: str, output: Path | None) -> Non
 def _check_keys(reader: Reader, run: str, globs: list[str], names: list[str]) -> None:
     if names:
         return
-    known = sorted({name for _, name, _ in reader.keys()})
+    known = sorted(reader.key_names())
     some = ", ".join(known[:8]) + (f" and {len(known) - 8:,} more" if len(known) > 8 else "")
     has = f"It has {some}." if known else "It has no values yet."
     raise UnknownRun(f"Run {run} has no key that matches {' '.join(globs)!r}. {has}")

@@ -16,7 +16,7 @@ from rank_client.rendezvous import LOCK_RULES, clean_environment, gateway_comman
 
 from .. import app
 from ..config import load
-from ..errors import Busy, RankgateError, UnknownRun
+from ..errors import Busy, Damaged, RankgateError, UnknownRun
 from ..rules.follow import rebuild
 from ..series.reader import Reader
 from ..sinks.loop import ENDED
@@ -68,6 +68,19 @@ def command(
         process.wait()
         raise
     _tell(run_dir, name, code, as_json)
+    with Reader(run_dir) as reader:
+        damage = reader.about().damage
+    if damage:
+        raise damaged(run_dir, damage)
+    raise typer.Exit(0 if code == 0 else 1)
+
+
+def damaged(run_dir: Path, damage: tuple[str, ...]) -> Damaged:
+    return Damaged(
+        f"the journal of run {run_dir.name} is damaged: {'; '.join(damage)} (in {run_dir}). All "
+        "that can be read is kept and was used. If there is a copy of that file, put it back, "
+        "delete series.db beside it, and run the command again"
+    )
 
 
 def _bring_up_to_date(root: Path, run_dir: Path) -> None:
@@ -97,4 +110,3 @@ def _tell(run_dir: Path, name: str, code: int, as_json: bool) -> None:
         )
         if view.export:
             typer.echo(view.export)
-    raise typer.Exit(0 if code == 0 else 1)

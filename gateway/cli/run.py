@@ -93,7 +93,7 @@ class Launch:
         self._told_at = time.monotonic()
         self._warned = False
 
-    # --- before ------------------------------------------------------------------------------------
+    # --- before --------------------------------------------------------------
 
     def prepare(self, config: Path | None, sinks: tuple[str, ...]) -> Config | None:
         """Start a gateway; None (said loudly) when there cannot be one. Training goes on."""
@@ -115,7 +115,7 @@ class Launch:
             say(f"run {self.run}, data in {self.root}")
         return settings
 
-    # --- the command -------------------------------------------------------------------------------
+    # --- the command ---------------------------------------------------------
 
     def go(self, words: list[str]) -> int:
         """Run the command, pass signals on, and give its exit code (128 + n for signal n)."""
@@ -128,9 +128,8 @@ class Launch:
         signal.pthread_sigmask(signal.SIG_BLOCK, {*PASSED_ON, signal.SIGCHLD})
         while process.poll() is None:
             got = signal.sigtimedwait({*PASSED_ON, signal.SIGCHLD}, 0.25)
-            if got is not None and got.si_signo != signal.SIGCHLD:
-                if not (got.si_signo == signal.SIGINT and got.si_code == FROM_TERMINAL):
-                    process.send_signal(got.si_signo)
+            if got is not None and _for_the_command(got):
+                process.send_signal(got.si_signo)
             self._tell()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {*PASSED_ON, signal.SIGCHLD})
         return process.returncode if process.returncode >= 0 else 128 - process.returncode
@@ -147,7 +146,7 @@ class Launch:
             if not self._warned:
                 self._warned = True
                 say(
-                    "NO GATEWAY ANSWERS; training goes on, its logs wait in the spool. Its last words:"
+                    "NO GATEWAY ANSWERS; training goes on, its logs wait in the spool. Last words:"
                 )
                 say(attach.last_lines(self.root / "gateway.log"))
             return
@@ -165,7 +164,7 @@ class Launch:
             at = f"  step {step:,}" if step >= 0 else ""
             say(f"{alive}{at}  {stored:,} records stored")
 
-    # --- after -------------------------------------------------------------------------------------
+    # --- after ---------------------------------------------------------------
 
     def finish(self, code: int, settings: Config) -> None:
         """Ship what dead ranks left, tell the runs how the command ended, wait for the sinks."""
@@ -221,3 +220,9 @@ class Launch:
         ):
             say("some sinks are not done; the gateway goes on. Look: rankgate status")
 
+
+def _for_the_command(got: signal.struct_siginfo) -> bool:
+    """Ctrl-C in a terminal reaches the command by itself; passing it on would make it two."""
+    if got.si_signo == signal.SIGCHLD:
+        return False
+    return not (got.si_signo == signal.SIGINT and got.si_code == FROM_TERMINAL)

@@ -107,7 +107,7 @@ class Ingest:
                 self.stopping = self.stopping or os.getppid() != parent
         self._leave()
 
-    # --- receiving -------------------------------------------------------------------------------
+    # --- receiving -----------------------------------------------------------
 
     def _burst(self) -> None:
         """Take what is there, until a commit is due."""
@@ -163,7 +163,7 @@ class Ingest:
         self.peers.forget(run)
         self.store.drop(run)
 
-    # --- each second -----------------------------------------------------------------------------
+    # --- each second ---------------------------------------------------------
 
     def _tick(self) -> None:
         now_ns = self.clock_ns()

@@ -94,7 +94,7 @@ class Peers:
             self.streams[id_] = stream
         return bool(open_)
 
-    # --- frames in -------------------------------------------------------------------------------
+    # --- frames in -----------------------------------------------------------
 
     def receive(self, now_ns: int, peer: bytes, frame: bytes, out: list[Reply]) -> None:
         """Take one frame; immediate answers go to `out`. What is no frame is counted, dropped."""
@@ -166,7 +166,7 @@ class Peers:
         except OSError:
             self.count("blob chunk not written")  # not acknowledged, so it comes again
 
-    # --- hello and bye -----------------------------------------------------------------------------
+    # --- hello and bye -------------------------------------------------------
 
     def _on_hello(
         self, now_ns: int, peer: bytes, message: frames.Control, out: list[Reply]
@@ -279,7 +279,7 @@ class Peers:
             stream.journal.append_map(Kind.BLOB, now_ns, entry)
         blob.refs.clear()
 
-    # --- after a commit ----------------------------------------------------------------------------
+    # --- after a commit ------------------------------------------------------
 
     def committed(self) -> list[Reply]:
         """The acknowledgements due now that every journal is on disk."""
@@ -327,7 +327,7 @@ class Peers:
         self._finished.clear()
         return out
 
-    # --- frames out --------------------------------------------------------------------------------
+    # --- frames out ----------------------------------------------------------
 
     def _ack_body(self, stream: Stream) -> dict[str, Any]:
         body: dict[str, Any] = {"durable": stream.durable, "credit": self.credit_bytes}

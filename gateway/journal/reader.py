@@ -15,7 +15,6 @@ from rank_client.wire.segments import (
 )
 
 CHUNK_BYTES = 4 << 20
-DAMAGE_POLLS = 50  #: a bad record that stays bad for so long is not one being written
 
 
 class Entry(NamedTuple):
@@ -38,7 +37,6 @@ class JournalReader:
         self._index = 0
         self._at = 0
         self._fd = -1
-        self._stuck = (0, 0)  # where a bad record stands, and for how many polls
 
     def uuid(self) -> bytes | None:
         """The journal's name, None when there is no journal (yet)."""
@@ -123,21 +121,17 @@ class JournalReader:
         return entries, good, at < end and not whole
 
     def _skip_damage(self, sealed: bool) -> list[Entry]:
-        """Tell a record that is being written from one that will never be whole, and step over
-        the latter: what stands after it and is committed still counts."""
-        at, polls = self._stuck
-        self._stuck = (self._at, polls + 1 if at == self._at else 1)
-        if not sealed and self._stuck[1] < DAMAGE_POLLS:
-            return []
+        """Step over a record that will never be whole: one that is only being written has no
+        mark after it. What stands after it and is committed still counts."""
         buf, found = scan_segment(self._disk, self.directory, self._index, JOURNAL_KINDS)
         marks = [h.at + h.size for h in found.heads if h.kind == Kind.MARK]
         good = len(buf) if sealed else max(marks, default=0)
         if good <= self._at:
             return []
-        path = segment_path(self.directory, self._index)
         for start, end in found.damage:
             if self._at <= start < good:
-                self.damage.append(f"{path}: bytes {start} to {end} are not readable")
+                name = f"journal/{self._index:08d}.log"
+                self.damage.append(f"{name}: bytes {start} to {end} are not readable")
         entries = [
             Entry(h.seq, h.kind, memoryview(buf)[h.body])
             for h in found.heads

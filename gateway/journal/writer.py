@@ -86,7 +86,7 @@ class Journal:
             self._log.sync()
             disk.sync_dir(directory)
 
-    # --- appending -------------------------------------------------------------------------------
+    # --- appending -----------------------------------------------------------
 
     def append_map(self, kind: Kind, now_ns: int, body: dict[str, Any]) -> int:
         """Buffer an entry other than a batch; its `r` is the time it was received."""
@@ -157,7 +157,7 @@ class Journal:
         self._log.sync()
         self._disk.sync_dir(self._log.directory)
 
-    # --- recovery --------------------------------------------------------------------------------
+    # --- recovery ------------------------------------------------------------
 
     def _recover(self, directory: str, indexes: list[int]) -> None:
         """Start from the newest segment whose table is whole, read on to the end."""

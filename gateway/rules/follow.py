@@ -39,9 +39,11 @@ class Follower:
     def step(self) -> bool:
         """Project what was committed since; True when there was something."""
         entries = self.reader.read(FETCH_BYTES)
-        for text in self.reader.damage[self._told :]:
-            log.error("%s; the good entries are kept", text)
-        self._told = len(self.reader.damage)
+        if news := self.reader.damage[self._told :]:
+            self._told = len(self.reader.damage)
+            self.series.note_damage(news)
+            for text in news:
+                log.error("run %s: %s; the good entries are kept", self.run_dir.name, text)
         if not entries:
             return False
         self.series.apply(self.series.projection.take(entries))
@@ -92,7 +94,8 @@ class Rules:
                     del self._open[name]
 
     def step(self) -> bool:
-        return any([follower.step() for follower in self._open.values()])
+        moved = [follower.step() for follower in self._open.values()]  # every one, each time
+        return any(moved)
 
 
 def follow(root: Path) -> None:

@@ -112,5 +112,5 @@ class Generations:
         made = cls()
         for id_, launch, restart, size, agents, ranks in saved["order"]:
             made.order.append(Generation(id_, launch, restart, size, agents, set(ranks)))
-        made._named_by = {stream: id_ for stream, id_ in saved["named"]}
+        made._named_by = dict(saved["named"])
         return made

@@ -143,7 +143,7 @@ class Projection:
         self._position = 0
         self._feed: list[tuple[int, tuple[Any, ...]]] = []
 
-    # --- entries ---------------------------------------------------------------------------------
+    # --- entries -------------------------------------------------------------
 
     def take(self, entries: Iterable[tuple[int, int, memoryview]]) -> Changes:
         """Project committed entries that follow those taken before."""
@@ -250,7 +250,7 @@ class Projection:
     def _count(self, name: str, n: int = 1) -> None:
         self.counters[name] = self.counters.get(name, 0) + n
 
-    # --- batches ---------------------------------------------------------------------------------
+    # --- batches -------------------------------------------------------------
 
     def _batch(self, entry: int, body: memoryview) -> None:
         _, _, _, _, _, id_, first, n, _ = DATA_HEAD.unpack_from(body, 8)
@@ -372,7 +372,7 @@ class Projection:
         self._changes.keysets.append((found, np.array(ids, "<u4").tobytes()))
         return found
 
-    # --- rows ------------------------------------------------------------------------------------
+    # --- rows ----------------------------------------------------------------
 
     def _rows(self, keyset: int, pieces: list[Piece]) -> None:
         """All rows of a fetch under one key set, split at once, in journal order."""
@@ -418,7 +418,7 @@ class Projection:
         self._count(f"passed {kind}" if passes else f"held {kind} {rule}", items)
         return rule if passes else ""
 
-    # --- other records -----------------------------------------------------------------------------
+    # --- other records -------------------------------------------------------
 
     def _record(self, entry: int, stream: Stream, head: Head, records: memoryview) -> None:
         try:
@@ -505,7 +505,7 @@ class Projection:
         index = None if stream is None else stream.index
         self._changes.quarantine.append((entry, index, first, n, reason))
 
-    # --- the run's state -----------------------------------------------------------------------------
+    # --- the run's state -----------------------------------------------------
 
     def state(self) -> tuple[str, str]:
         """(running | completed | failed | lost, why); a new generation reopens a run."""

@@ -1,4 +1,4 @@
-"""Opening SQLite as this project wants it: every pragma is read back, as one that fails is silent."""
+"""Opening SQLite as this project wants it: each pragma is read back, as a failing one is silent."""
 
 from __future__ import annotations
 

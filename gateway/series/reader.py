@@ -31,6 +31,7 @@ class About:
     counters: dict[str, int]
     generations: list[int]  #: ids, oldest first
     launchers: dict[str, int]
+    damage: tuple[str, ...] = ()  #: stretches of the journal that could not be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +148,7 @@ class Reader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- the run -----------------------------------------------------------------------------------
+    # --- the run -------------------------------------------------------------
 
     def about(self) -> About:
         found: dict[str, Any] = dict(fetch(self._db, "SELECT name, value FROM about"))
@@ -166,6 +167,7 @@ class Reader:
             msgpack.unpackb(found["counters"]) if "counters" in found else {},
             generations,
             msgpack.unpackb(found["launchers"]) if "launchers" in found else {},
+            tuple(found.get("damage", "").splitlines()),
         )
 
     def streams(self) -> list[StreamRow]:
@@ -198,6 +200,11 @@ class Reader:
             (*after, limit),
         )
 
+    def key_names(self) -> list[str]:
+        """Each key once, in the order of its first appearance."""
+        rows = fetch(self._db, "SELECT name FROM key GROUP BY name ORDER BY min(id)")
+        return [name for (name,) in rows]
+
     def last_texts(
         self, limit: int, streams: Iterable[int] | None = None
     ) -> list[tuple[int, int, int, int | None, str, str]]:
@@ -212,9 +219,7 @@ class Reader:
         )
         return rows[::-1]
 
-    def texts_of(
-        self, stream: int, after: int
-    ) -> list[tuple[int, int, int, int | None, str, str]]:
+    def texts_of(self, stream: int, after: int) -> list[tuple[int, int, int, int | None, str, str]]:
         """One stream's lines after a number, as they were logged."""
         return fetch(
             self._db,
@@ -248,7 +253,7 @@ class Reader:
         """(journal entry, stream, first, n, reason)."""
         return fetch(self._db, "SELECT entry, stream, first, n, reason FROM quarantine")
 
-    # --- points ------------------------------------------------------------------------------------
+    # --- points --------------------------------------------------------------
 
     def points(self, key: str) -> Points:
         """All points of a key by its exact name, every rank and attempt, in no special order."""
@@ -335,7 +340,7 @@ class Reader:
         joined = b"".join(b for (b,) in bodies)
         return np.frombuffer(joined, "<u8").reshape(-1, TAIL_HEAD_COLUMNS + keys)
 
-    # --- the feed ----------------------------------------------------------------------------------
+    # --- the feed ------------------------------------------------------------
 
     def feed(self, after: int, limit: int) -> list[FeedEntry]:
         """The next entries, never cut between two of one journal entry."""
@@ -447,7 +452,7 @@ class Reader:
         )
         return _media_row(row)
 
-    # --- for tests and rebuilds --------------------------------------------------------------------
+    # --- for tests and rebuilds ----------------------------------------------
 
     def dump(self) -> list[tuple[str, Any]]:
         """Every table in order, as one journal must always give it: what depends on when a

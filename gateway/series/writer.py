@@ -52,11 +52,9 @@ class Series:
                 Path(f"{path}{suffix}").unlink(missing_ok=True)
             db = self._open(path)
             with db:
-                db.executemany(
-                    "INSERT INTO about VALUES(?, ?)",
-                    [("format", FORMAT), ("journal", journal), ("build", os.urandom(16))]
-                    + [("cursor", 0), ("state", "running"), ("reason", "")],
-                )
+                about = {"format": FORMAT, "journal": journal, "build": os.urandom(16)}
+                about |= {"cursor": 0, "state": "running", "reason": ""}
+                db.executemany("INSERT INTO about VALUES(?, ?)", list(about.items()))
         self.db = db
         self.projection, self.cursor = load(db)
 
@@ -77,6 +75,14 @@ class Series:
 
     def close(self) -> None:
         self.db.close()
+
+    def note_damage(self, texts: list[str]) -> None:
+        """Keep what the journal's reader could not read, for people to see."""
+        with self.db:
+            found: list[Any] = fetch(self.db, "SELECT value FROM about WHERE name = 'damage'")
+            lines = [*(found[0][0].splitlines() if found else []), *texts]
+            known = "\n".join(dict.fromkeys(lines))
+            self.db.execute("INSERT OR REPLACE INTO about VALUES('damage', ?)", (known,))
 
     def apply(self, changes: Changes) -> None:
         """Write one fetch. All of it and its cursor, or nothing."""
@@ -105,7 +111,7 @@ class Series:
 
     def _wal_bytes(self) -> int:
         try:
-            return os.stat(f"{self._path}-wal").st_size
+            return Path(f"{self._path}-wal").stat().st_size
         except OSError:
             return 0
 
@@ -116,7 +122,7 @@ class Series:
         db.executemany("INSERT INTO layout VALUES(?,?,?,?)", changes.layouts)
         columns = ("id", "stream", "hello", "rank", "kind", *_STREAM_COLUMNS)
         db.executemany(
-            f"INSERT OR REPLACE INTO stream({','.join(columns)})"  # noqa: S608 - our own names
+            f"INSERT OR REPLACE INTO stream({','.join(columns)})"
             f" VALUES({','.join('?' * len(columns))})",
             [_stream_row(s) for s in changes.streams.values()],
         )
@@ -152,7 +158,7 @@ class Series:
         }
         self.db.executemany("INSERT OR REPLACE INTO about VALUES(?, ?)", list(values.items()))
 
-    # --- rows --------------------------------------------------------------------------------------
+    # --- rows ----------------------------------------------------------------
 
     def _append(self, keyset: int, rows: npt.NDArray[np.uint64]) -> None:
         db = self.db

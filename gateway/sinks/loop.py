@@ -112,7 +112,7 @@ class Loop:
         self._backoff.reset()
         return 0.0
 
-    # --- fetching ----------------------------------------------------------------------------------
+    # --- fetching ------------------------------------------------------------
 
     def _cursor(self) -> int:
         """A hint only: valid for one build of series.db."""
@@ -195,7 +195,7 @@ class Loop:
             meta=row.meta,
         )
 
-    # --- delivering --------------------------------------------------------------------------------
+    # --- delivering ----------------------------------------------------------
 
     def _deliver(self, items: list[Item], again: bool) -> Sent:
         """Send a batch; one that is refused is halved down to the bad item, which is kept aside."""
@@ -241,7 +241,7 @@ class Loop:
         )
         self._quarantine.clear()
 
-    # --- the end -----------------------------------------------------------------------------------
+    # --- the end -------------------------------------------------------------
 
     def _idle(self) -> float:
         about = self._reader.about()

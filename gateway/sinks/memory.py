@@ -1,4 +1,4 @@
-"""The sink of tests: keeps everything in a list, behaves like a backend that can be told to fail."""
+"""The sink of tests: keeps everything in a list, and can be told to fail."""
 
 from __future__ import annotations
 

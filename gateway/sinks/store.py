@@ -70,7 +70,7 @@ class Store:
     def close(self) -> None:
         self.db.close()
 
-    # --- what a sink remembers -------------------------------------------------------------------
+    # --- what a sink remembers -----------------------------------------------
 
     def get(self, key: str) -> Any:
         if key in self._puts:
@@ -95,7 +95,7 @@ class Store:
         """A call failed: what it meant to remember with its receipt is not so."""
         self._puts.clear()
 
-    # --- what the loop remembers -----------------------------------------------------------------
+    # --- what the loop remembers ---------------------------------------------
 
     def about(self, name: str, otherwise: Any = None) -> Any:
         found = fetch(self.db, "SELECT value FROM about WHERE name = ?", (name,))

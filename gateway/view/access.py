@@ -43,7 +43,7 @@ class Run:
 
     def keys(self) -> list[str]:
         with reading(self.path) as reader:
-            return sorted({name for _, name, _ in reader.keys()})
+            return sorted(reader.key_names())
 
     def points(
         self,

@@ -27,7 +27,7 @@ TABLE_ROWS = 1000  #: the newest of a key in a table
 Write = Callable[[str], object]
 
 
-# --- CSV -----------------------------------------------------------------------------------------
+# --- CSV ---------------------------------------------------------------------
 
 
 def write_csv(answers: Iterable[Answer], write: Write) -> None:
@@ -70,7 +70,7 @@ def _batches(answer: Answer, show: Callable[[Any], Any]) -> Iterator[tuple[Seque
         yield rank, attempt, answer.step[part].tolist(), answer.time_ns[part].tolist(), value
 
 
-# --- JSON ----------------------------------------------------------------------------------------
+# --- JSON --------------------------------------------------------------------
 
 
 def write_json(answers: Iterable[Answer], write: Write) -> None:
@@ -118,7 +118,7 @@ def json_text(value: Any) -> str:
     return json.dumps(as_json(value), indent=2)
 
 
-# --- table ---------------------------------------------------------------------------------------
+# --- table -------------------------------------------------------------------
 
 
 def write_table(answers: Iterable[Answer], write: Write) -> None:
@@ -157,7 +157,7 @@ def _write_key(answer: Answer, write: Write) -> None:
         write(GAP.join(c.rjust(w) for c, w in zip(row, widths, strict=True)).rstrip() + "\n")
 
 
-# --- Parquet -------------------------------------------------------------------------------------
+# --- Parquet -----------------------------------------------------------------
 
 
 def write_parquet(answers: Iterable[Answer], path: Path) -> None:

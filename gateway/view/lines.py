@@ -1,4 +1,4 @@
-"""The pieces that terminal output is made of: columns, hanging sentences, lines said in several places."""
+"""What terminal output is made of: columns, hanging sentences, lines said in several places."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def rank_style(rank: int, ranks: int) -> str:
     return RANK_COLOURS[rank] if ranks <= len(RANK_COLOURS) and 0 <= rank < 8 else ""
 
 
-# --- lines ---------------------------------------------------------------------------------------
+# --- lines -------------------------------------------------------------------
 
 
 def columns(
@@ -62,13 +62,13 @@ def columns(
 def _joined(row: list[Text], widths: list[int], right: str, flex: int) -> Text:
     line = Text()
     for i, cell in enumerate(row):
-        if i == flex and cell.cell_len > widths[i]:
-            cell = Text(shorten(cell.plain, widths[i]), cell.style)
-        pad = " " * max(0, widths[i] - cell.cell_len)
+        cut = i == flex and cell.cell_len > widths[i]
+        fits = Text(shorten(cell.plain, widths[i]), cell.style) if cut else cell
+        pad = " " * max(0, widths[i] - fits.cell_len)
         stands_right = right[i : i + 1] == ">"
         line.append(GAP if i else "")
         line.append(pad if stands_right else "")
-        line.append_text(cell)
+        line.append_text(fits)
         line.append("" if stands_right or i == len(row) - 1 else pad)
     return line
 

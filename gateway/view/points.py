@@ -91,7 +91,7 @@ class KeyRow:
     not_finite: tuple[NotFinite, ...]
 
 
-# --- attempts ------------------------------------------------------------------------------------
+# --- attempts ----------------------------------------------------------------
 
 
 def lives_of(reader: Reader, about: About, streams: Sequence[StreamRow]) -> Lives:
@@ -157,7 +157,22 @@ def _by(values: npt.NDArray[Any]) -> Ints:
     return np.argsort(values, kind="stable")
 
 
-# --- one key -------------------------------------------------------------------------------------
+def _by_step(step: Ints) -> Ints:
+    """A stable order by step: sorted 16 bits at a time, which beats a sort of 64 six times."""
+    if len(step) == 0:
+        return _by(step)
+    low = int(step.min())
+    span = int(step.max()) - low
+    if span >= 2**32:
+        return _by(step)
+    offset = step - low
+    order = _by((offset & 0xFFFF).astype(np.uint16))
+    if span >= 2**16:
+        order = order[_by((offset[order] >> 16).astype(np.uint16))]
+    return order
+
+
+# --- one key -----------------------------------------------------------------
 
 
 def in_order(points: Points, lives: Lives) -> Points:
@@ -203,13 +218,13 @@ def attempt_numbers(points: Points, lives: Lives) -> Ints:
     return np.where(before < 0, 0, before + takes)
 
 
-# --- the query -----------------------------------------------------------------------------------
+# --- the query ---------------------------------------------------------------
 
 
 def matching_keys(reader: Reader, globs: Sequence[str]) -> list[str]:
     """The keys that the globs mean, in the order of the globs; an exact match goes first and
     stands for itself alone."""
-    names = list(dict.fromkeys(name for _, name, _ in reader.keys()))
+    names = reader.key_names()
     known = set(names)
     out: dict[str, None] = {}
     for glob in globs:
@@ -287,7 +302,7 @@ def reduce_over_ranks(
     if reduction not in REDUCTIONS:
         raise BadConfig(f"A reduction is one of {', '.join(REDUCTIONS)}, not {reduction!r}.")
     step, group = points.step, attempt if all_attempts else np.zeros(len(points), np.int64)
-    order = np.lexsort((step, group)) if all_attempts else _by(step)
+    order = np.lexsort((step, group)) if all_attempts else _by_step(step)
     s, g = step[order], group[order]
     if len(s) == 0:
         none = np.empty(0, np.int64)
@@ -329,7 +344,7 @@ def _plain_numbers(value: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return value.astype(np.int64 if whole else np.float64)
 
 
-# --- a key at a glance ---------------------------------------------------------------------------
+# --- a key at a glance -------------------------------------------------------
 
 
 def key_row(
@@ -356,7 +371,9 @@ def key_row(
     step = _common_step(points, lives)
     here = points.pick(points.step == step)
     values = tuple(zip(lives.rank[here.stream].tolist(), here.value.tolist(), strict=True))
-    return _row(key, step, values, len(wanted), _spark(points), _not_finite(key, points, lives))
+    return _row(
+        key, step, values, len(wanted), _spark(points, step), _not_finite(key, points, lives)
+    )
 
 
 def _newest_step(points: Points, lives: Lives, newest: int) -> int | None:
@@ -406,17 +423,14 @@ def _row(
     )  # fmt: skip
 
 
-def _spark(points: Points) -> tuple[float, ...]:
-    """The mean over ranks at each of the last hundred steps."""
+def _spark(points: Points, end: int) -> tuple[float, ...]:
+    """The mean over ranks at each of the last hundred steps, up to the one that all ranks have:
+    past it, a mean would move because ranks are missing."""
     step = points.step
-    if len(step) > 1_000_000:  # the steps in question are near the end
-        near = step >= int(step.max()) - 100 * SPARK_STEPS
-        last = np.unique(step[near]) if near.any() else step[:0]
-        if len(last) < SPARK_STEPS:
-            last = np.unique(step)
-    else:
-        last = np.unique(step)
-    chosen = points.pick(step >= last[-SPARK_STEPS:][0])
+    steps = np.unique(step[(step <= end) & (step > end - 100 * SPARK_STEPS)])
+    if len(steps) < SPARK_STEPS:  # logged seldom
+        steps = np.unique(step[step <= end])
+    chosen = points.pick((step >= steps[-SPARK_STEPS:][0]) & (step <= end))
     order = _by(chosen.step)
     s = chosen.step[order]
     means = _reduced("mean", chosen.value[order], _starts(s[1:] != s[:-1]))

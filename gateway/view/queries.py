@@ -149,7 +149,7 @@ class Shown:
     summary: dict[str, dict[int, Any]]  #: key → rank → final value
 
 
-# --- files ---------------------------------------------------------------------------------------
+# --- files -------------------------------------------------------------------
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def tree_bytes(root: Path) -> int:
     return total
 
 
-# --- accounting ----------------------------------------------------------------------------------
+# --- accounting --------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +274,7 @@ def _told(
     return _Told(max(last, found.last), max(refused, found.refused), found.spool)
 
 
-# --- the run -------------------------------------------------------------------------------------
+# --- the run -----------------------------------------------------------------
 
 
 def run_view(run_dir: Path, now_ns: int, spool: Path | None = None) -> RunView:
@@ -373,7 +373,7 @@ class _Making:
             return max(ended)
         return max([self.about.now_ns, *ended])
 
-    # --- ranks -----------------------------------------------------------------------------------
+    # --- ranks ---------------------------------------------------------------
 
     def ranks(self) -> tuple[RankView, ...]:
         """The ranks of the newest launch, those never heard of too; sorted as numbers."""
@@ -419,7 +419,7 @@ class _Making:
             return "live" if young or (live is not None and not live.get("silent")) else "silent"
         return "silent" if stream.quiet_ns else "unknown"
 
-    # --- sinks -----------------------------------------------------------------------------------
+    # --- sinks ---------------------------------------------------------------
 
     def sinks(self, feed: int, started_ns: int) -> tuple[SinkRow, ...]:
         """The sinks that have a file, then those that are not in the config."""
@@ -463,7 +463,7 @@ def _sink_row(view: SinkView, feed: int, newest_ns: int, started_ns: int) -> Sin
     )
 
 
-# --- keys ----------------------------------------------------------------------------------------
+# --- keys --------------------------------------------------------------------
 
 
 def key_order(name: str) -> tuple[int, str]:
@@ -515,7 +515,7 @@ def final_values(
     return out
 
 
-# --- many runs -----------------------------------------------------------------------------------
+# --- many runs ---------------------------------------------------------------
 
 
 def newest_first(data_dir: Path) -> list[Path]:

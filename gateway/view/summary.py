@@ -5,9 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from .lines import GAP, WIDTH, columns, next_lines, not_finite_lines, problem_lines, step_text
+from .lines import (
+    GAP,
+    WIDTH,
+    columns,
+    next_lines,
+    not_finite_lines,
+    problem_lines,
+    state_text,
+    step_text,
+)
 from .queries import RunView, Shown, SinkRow
-from .words import clean, count, duration, number, plural, ranges, shorten
+from .words import clean, count, number, plural, ranges, shorten
 
 MAX_LINES = 30
 SIDE_BY_SIDE = 8  #: so many ranks get a column each
@@ -23,7 +32,7 @@ def summary_lines(shown: Shown, width: int = WIDTH, max_lines: int = MAX_LINES) 
     head = [_title(view, width), *_facts(shown, width)]
     problems = _cut(_texts(problem_lines(view, width)), PROBLEM_LINES)
     odd = _texts(not_finite_lines([n for row in shown.keys for n in row.not_finite]))
-    books = [*_logged(view), *_passed(view, width), *_sinks(view.sinks, width)]
+    books = [*_logged(view, width), *_passed(view, width), *_sinks(view.sinks, width)]
     tail = [*_texts(next_lines(shown)), RULE * width]
     odd = _cut(odd, NOT_FINITE_LINES)
     room = max_lines - len(head) - len(problems) - len(books) - len(odd) - len(tail)
@@ -46,15 +55,15 @@ def _title(view: RunView, width: int) -> str:
 
 def _facts(shown: Shown, width: int) -> list[str]:
     view = shown.view
-    nodes = ", ".join(clean(n) for n in view.nodes[:4]) + (", …" if len(view.nodes) > 4 else "")
-    on = f"{plural(view.world_size, 'rank')} on {plural(len(view.nodes) or 1, 'node')}"
-    first = f"{view.state} after {duration(view.seconds)}  {step_text(view.step)}"
+    first = f"{state_text(view).plain}  {step_text(view.step)}"
     if shown.attempt > 1:
         first += f"  attempt {shown.attempt}"
-    return [
-        f"RUN      {view.run}  {first}",
-        shorten(f"RANKS    {on}{f' ({nodes})' if nodes else ''}  {_ends(view)}", width),
-    ]
+    on = f"{plural(view.world_size, 'rank')} on {plural(len(view.nodes) or 1, 'node')}"
+    names = f" ({', '.join(clean(n) for n in view.nodes)})" if view.nodes else ""
+    ends = _ends(view)
+    if len(on) + len(names) + len(ends) + 11 > width:
+        names = ""
+    return [f"RUN      {view.run}  {first}", shorten(f"RANKS    {on}{names}  {ends}", width)]
 
 
 def _ends(view: RunView) -> str:
@@ -68,11 +77,11 @@ def _ends(view: RunView) -> str:
     return "; ".join(f"{state}: {ranges(ranks)}" for state, ranks in states.items())
 
 
-def _logged(view: RunView) -> list[str]:
+def _logged(view: RunView, width: int) -> list[str]:
     book = view.accounting
-    line = f"LOGGED   {plural(book.logged, 'event')} = stored {count(book.stored)}"
+    line = f"LOGGED   {count(book.logged)} events = stored {count(book.stored)}"
     line += f" + on the way {count(book.on_the_way)} + lost {count(book.lost)}"
-    out = [line]
+    out = [line if len(line) <= width else line.replace(" events", "", 1)]
     if book.on_the_way and book.spooled_in:
         out.append(f"         on the way: spooled in {shorten(clean(book.spooled_in), 48)}")
     set_aside = f", {plural(view.quarantined, 'record')} set aside" if view.quarantined else ""
@@ -112,7 +121,7 @@ def _sinks(sinks: Sequence[SinkRow], width: int) -> list[str]:
     return lines
 
 
-# --- final values --------------------------------------------------------------------------------
+# --- final values ------------------------------------------------------------
 
 
 def _metrics(shown: Shown, room: int, width: int) -> list[str]:

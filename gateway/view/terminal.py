@@ -29,7 +29,7 @@ from .words import clean, clock, count, duration, moment, number, plural, shorte
 SHOWN_KEYS = 20
 
 
-# --- show ----------------------------------------------------------------------------------------
+# --- show --------------------------------------------------------------------
 
 
 def show_lines(shown: Shown, width: int = WIDTH) -> list[Text]:
@@ -126,7 +126,7 @@ def _not_looked_at(shown: Shown) -> list[Text]:
     return [Text(f"(NaN and Inf looked for in {len(shown.keys)} of {shown.all_keys:,} keys)")]
 
 
-# --- status --------------------------------------------------------------------------------------
+# --- status ------------------------------------------------------------------
 
 
 def gateway_lines(gateway: Gateway) -> list[Text]:
@@ -179,7 +179,7 @@ def sink_lines(sinks: Sequence[SinkRow]) -> list[Text]:
     return [*lines, *(Text(line) for line in after.values())]
 
 
-# --- runs ----------------------------------------------------------------------------------------
+# --- runs --------------------------------------------------------------------
 
 
 def runs_lines(views: Sequence[RunView | tuple[str, str]], now_ns: int) -> list[Text]:

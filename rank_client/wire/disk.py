@@ -36,7 +36,7 @@ class OsDisk:
     names = staticmethod(os.listdir)
 
     def make_dir(self, path: str) -> None:
-        os.makedirs(path, mode=0o700, exist_ok=True)
+        os.makedirs(path, mode=0o700, exist_ok=True)  # noqa: PTH103 - paths are str here
 
     def create(self, path: str) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW

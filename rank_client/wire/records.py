@@ -191,7 +191,7 @@ def _resync(buf: bytes | memoryview, at: int, end: int, kinds: range) -> int:
     return end
 
 
-# --- schemas ---------------------------------------------------------------------------------
+# --- schemas -----------------------------------------------------------------
 
 
 class Schema(NamedTuple):

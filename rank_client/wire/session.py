@@ -97,7 +97,7 @@ class ClientSession:
         """There is more to send, and only an answer allows it."""
         return self.state == "open" and self._cursor <= self._source.last
 
-    # --- time --------------------------------------------------------------------------------
+    # --- time ----------------------------------------------------------------
 
     def tick(self, now: float) -> list[bytes]:
         """The frames to send now. Call it every tick and after each `receive`."""
@@ -151,7 +151,7 @@ class ClientSession:
     def _control(self, type_: Type, body: dict[str, Any]) -> bytes:
         return frames.control(type_, self._session, self.stream, body)
 
-    # --- frames ------------------------------------------------------------------------------
+    # --- frames --------------------------------------------------------------
 
     def receive(self, now: float, frame: bytes) -> None:
         """Take one frame from the gateway; what is not for us or not a frame is ignored."""
@@ -219,12 +219,15 @@ class ClientSession:
             self._rto_at = now + self._rto
             while self._in_flight and self._in_flight[0][0] <= durable:
                 self._in_flight_bytes -= self._in_flight.popleft()[1]
+            # After a go-back: what is acknowledged is not sent again, as no answer would ever
+            # take it out of the credit.
+            self._cursor = max(self._cursor, durable + 1)
         back = body.get("back")
         if isinstance(back, int) and self.durable < back < self._cursor and now >= self._back_at:
             self._back_at = now + BACK_SECONDS
             self._go_back(back)
 
-    # --- turning back ------------------------------------------------------------------------
+    # --- turning back --------------------------------------------------------
 
     def _restart(self, now: float) -> None:
         self.state = "hello"

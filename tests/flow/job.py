@@ -181,7 +181,7 @@ class Job:
         out: Counter[tuple[str, int, str, int, Any]] = Counter()
         with self.reader(run) as reader:
             streams = {s.index: s for s in reader.streams()}
-            for key in {name for _, name, _ in reader.keys()}:  # noqa: SIM118 - not a dict
+            for key in {name for _, name, _ in reader.keys()}:
                 points = reader.points(key)
                 for index, step, value in zip(
                     points.stream.tolist(), points.step.tolist(), points.value.tolist(), strict=True

@@ -98,9 +98,7 @@ def test_later_plain_calls_do_not_wait(rank: Rank) -> None:
     assert [(w.seq, w.step) for w in rank.rows_written()] == [(1, 1), (2, 0)]
 
 
-def test_step_and_time_are_those_of_the_call(
-    rank: Rank, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_step_and_time_are_those_of_the_call(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     """A deferred row has the step and the wall time of its call, not of its writing."""
     monkeypatch.setattr("rank_client.rows.time_ns", lambda: 1000)
     rank.rows.log({"loss": Tensor(1.0)}, None)

@@ -1,4 +1,4 @@
-"""Identity: which rank, which run, which launch, from what each launcher leaves in the environment."""
+"""Identity: which rank, which run, which launch, from what a launcher leaves in the environment."""
 
 from __future__ import annotations
 

@@ -159,8 +159,8 @@ def test_no_second_gateway_is_started(
 ) -> None:
     """While another process starts a gateway, or has one, none is started here."""
     started: list[object] = []
-    monkeypatch.setattr(rendezvous.subprocess, "Popen", lambda *a, **k: started.append(a))
     with holder(tmp_path / "gateway.lock", which):
+        monkeypatch.setattr(rendezvous.subprocess, "Popen", lambda *a, **k: started.append(a))
         assert start_gateway(tmp_path, {}) is False
     assert not started
 
@@ -206,7 +206,8 @@ def test_the_gateway_is_ours_whatever_stands_beside_the_script(tmp_path: Path) -
     """A user's own gateway.py in the current directory is not what is run."""
     (tmp_path / "gateway.py").write_text("raise SystemExit('not this one')")
     command = rendezvous.gateway_command()
-    code = command[2].replace("main()", "print(__import__('gateway').__file__)")
+    code = command[2].replace("from gateway.__main__ import main", "import gateway")
+    code = code.replace("main()", "print(gateway.__file__)")
     out = subprocess.run(
         [command[0], "-c", code],
         capture_output=True,
@@ -214,4 +215,4 @@ def test_the_gateway_is_ours_whatever_stands_beside_the_script(tmp_path: Path) -
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(Path(rendezvous.__file__).parents[1])},
     )
-    assert "not this one" not in out.stderr
+    assert out.stdout.strip().endswith("gateway/__init__.py"), out.stderr

@@ -165,12 +165,14 @@ class StandIn:
         if fault and fault.mode == "status":
             reply = fault.reply
         elif fault and fault.mode == "cut":
-            return self._cut(handler, request)
+            self._cut(handler, request)
+            return
         else:
             with self.lock:
                 reply = self.handle(request)
             if fault:
-                return self._cut(handler, request)
+                self._cut(handler, request)
+                return
         with self.lock:
             self.requests.append((request.method, request.path, reply.status))
         handler.send_response(reply.status)
@@ -181,7 +183,6 @@ class StandIn:
         handler.end_headers()
         if request.method != "HEAD":
             handler.wfile.write(reply.body)
-        return None
 
     def _cut(self, handler: BaseHTTPRequestHandler, request: Request) -> None:
         with self.lock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+from itertools import pairwise
 
 import msgpack
 import pytest
@@ -62,7 +63,9 @@ def test_any_flipped_bit_is_found(body: bytes, data: st.DataObject) -> None:
 
 
 @given(BODIES.filter(bool), st.data())
-def test_walk_stops_before_a_torn_record(items: list[tuple[int, bytes]], data: st.DataObject) -> None:
+def test_walk_stops_before_a_torn_record(
+    items: list[tuple[int, bytes]], data: st.DataObject
+) -> None:
     """Of a buffer that is cut anywhere, the whole records before the cut are read, no other."""
     buf = chain(items)
     cut = data.draw(st.integers(0, len(buf)))
@@ -114,7 +117,7 @@ def test_scan_accounts_for_every_byte(junk: bytes) -> None:
     spans = sorted([(h.at, h.at + h.size) for h in found.heads] + found.damage)
     assert spans[0][0] == 0
     assert spans[-1][1] == len(buf)
-    assert all(a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a[1] == b[0] for a, b in pairwise(spans))
 
 
 # --- maps ----------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_appending_goes_on_after_space_returns() -> None:
 
 @pytest.mark.parametrize("room", [0, 1, len(HEAD) - 1])
 def test_a_segment_that_cannot_be_started_leaves_nothing(room: int) -> None:
-    """Without room for the head there is no new file, no descriptor, and the old segment goes on."""
+    """Without room for the head there is no new file, no open fd, and the old segment goes on."""
     disk = MemoryDisk()
     log = started(disk)
     descriptors = disk.descriptors
