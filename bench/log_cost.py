@@ -33,8 +33,10 @@ LOGGERS: dict[str, tuple[str, bool, str]] = {
 
 def run(directory: Path, quick: bool) -> dict[str, Any]:
     subjects, missing = _subjects(quick)
-    calls = {"tight": 2_000, "beside_work": 40} if quick else {"tight": 20_000, "beside_work": 1500}
-    plan = {"do": "measure", "keys": KEYS, "calls": calls, "seconds": 0.5 if quick else 8}
+    calls = (
+        {"tight": 2_000, "beside_work": 40} if quick else {"tight": 20_000, "beside_work": 2_000}
+    )
+    plan = {"do": "measure", "keys": KEYS, "calls": calls, "seconds": 0.5 if quick else 12}
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in subjects}
     with Gateway(directory / "gateway") as gateway:
         for round_ in range(1 if quick else 5):

@@ -114,6 +114,8 @@ def _rates(
         "resent": sum(r["resent"] for r in results),
         "cpu_share": {name: round(s / (end - start), 2) for name, s in cpu.items()},
     }
+    for name in ("ingest", "rules"):  # what it would reach with a core of its own
+        out[f"{name}_per_cpu_s"] = case.points / max(cpu[name], 0.01) / 1e6
     if not case.frame:
         out["logged"] = case.points / (max(r["logged"] for r in results) - start) / 1e6
     return out
@@ -186,7 +188,7 @@ def stop(senders: list[subprocess.Popen[str]]) -> None:
 def _summary(rounds: list[dict[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {
         name: spread([r[name] for r in rounds])
-        for name in ("logged", "committed", "projected")
+        for name in ("logged", "committed", "projected", "ingest_per_cpu_s", "rules_per_cpu_s")
         if name in rounds[0]
     }
     last = rounds[-1]

@@ -5,11 +5,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from rank_client.wire.disk import Disk
-from rank_client.wire.records import HEADER, HEADER_BYTES, PAD_MASK, Kind, read_head, unpack_map
+from rank_client.wire.records import (
+    HEADER,
+    HEADER_BYTES,
+    PAD_MASK,
+    Kind,
+    read_head,
+    scan,
+    unpack_map,
+)
 from rank_client.wire.segments import (
     JOURNAL_KINDS,
     read_whole,
-    scan_segment,
     segment_indexes,
     segment_path,
 )
@@ -37,6 +44,7 @@ class JournalReader:
         self._index = 0
         self._at = 0
         self._fd = -1
+        self._hopeless = (0, 0)  # (from, size) of a file whose rest is not readable yet
 
     def uuid(self) -> bytes | None:
         """The journal's name, None when there is no journal (yet)."""
@@ -85,21 +93,22 @@ class JournalReader:
         self.close()
         self._fd = self._disk.open_read(segment_path(self.directory, index))
         self._index, self._at = index, 0
+        self._hopeless = (0, 0)
 
     def _read_here(self, max_bytes: int, sealed: bool) -> list[Entry]:
         size = self._disk.size(self._fd) - self._at
         if size <= 0:
             return []
         buf = self._disk.pread(self._fd, min(size, max_bytes), self._at)
-        entries, good, bad = self._parse(buf, sealed and len(buf) == size)
-        if good == 0 and not bad and len(buf) < size:
-            return self._read_here(max_bytes * 2, sealed)
+        entries, good, bad = self._parse(buf, len(buf) == size, sealed)
         self._at += good
+        if not entries and not bad and len(buf) < size:
+            return self._read_here(max_bytes if good else max_bytes * 2, sealed)
         if bad and not entries:
             return self._skip_damage(sealed)
         return entries
 
-    def _parse(self, buf: bytes, sealed: bool) -> tuple[list[Entry], int, bool]:
+    def _parse(self, buf: bytes, whole: bool, sealed: bool) -> tuple[list[Entry], int, bool]:
         """(committed entries, bytes they end at, whether what follows is no whole record)."""
         view = memoryview(buf)
         entries: list[Entry] = []
@@ -112,32 +121,38 @@ class JournalReader:
             elif head.seq > self._after:
                 stop = at - (head.flags & PAD_MASK)
                 entries.append(Entry(head.seq, head.kind, view[head.at + HEADER_BYTES : stop]))
-        if sealed and at == end:
+        if sealed and whole and at == end:
             kept, good = len(entries), at
         del entries[kept:]
         if entries:
             self._after = entries[-1].seq
-        whole = end - at < HEADER_BYTES or HEADER.unpack_from(view, at)[1] > end - at
-        return entries, good, at < end and not whole
+        # Its length says that a record goes on beyond what was read: true only if there is more.
+        beyond = end - at < HEADER_BYTES or HEADER.unpack_from(view, at)[1] > end - at
+        return entries, good, at < end and (whole or not beyond)
 
     def _skip_damage(self, sealed: bool) -> list[Entry]:
         """Step over a record that will never be whole: one that is only being written has no
         mark after it. What stands after it and is committed still counts."""
-        buf, found = scan_segment(self._disk, self.directory, self._index, JOURNAL_KINDS)
+        base, size = self._at, self._disk.size(self._fd)
+        if self._hopeless == (base, size):
+            return []
+        buf = self._disk.pread(self._fd, size - base, base)
+        found = scan(buf, JOURNAL_KINDS)
         marks = [h.at + h.size for h in found.heads if h.kind == Kind.MARK]
         good = len(buf) if sealed else max(marks, default=0)
-        if good <= self._at:
+        if good == 0:
+            self._hopeless = (base, size)
             return []
+        name = f"journal/{self._index:08d}.log"
         for start, end in found.damage:
-            if self._at <= start < good:
-                name = f"journal/{self._index:08d}.log"
-                self.damage.append(f"{name}: bytes {start} to {end} are not readable")
+            if start < good:
+                self.damage.append(f"{name}: bytes {base + start} to {base + end} are not readable")
         entries = [
             Entry(h.seq, h.kind, memoryview(buf)[h.body])
             for h in found.heads
             if h.at < good and h.seq > self._after and h.kind not in (Kind.MARK, Kind.TABLE)
         ]
-        self._at = good
+        self._at = base + good
         if entries:
             self._after = entries[-1].seq
         return entries

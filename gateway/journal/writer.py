@@ -14,6 +14,7 @@ from rank_client.wire.disk import Disk
 from rank_client.wire.frames import DATA_HEAD
 from rank_client.wire.records import (
     HEADER_BYTES,
+    BadRecord,
     Head,
     Kind,
     Scan,
@@ -33,6 +34,7 @@ from rank_client.wire.segments import (
 RECEIVED = struct.Struct("<q")
 RECEIVED_BYTES = RECEIVED.size
 _MARK_BODY = b""
+NEW_BYTES = 4096  #: the first segment of a journal that was never written to is smaller
 
 
 class JournalDamaged(Exception):
@@ -111,8 +113,6 @@ class Journal:
         that was not before: the caller must not acknowledge."""
         if not self._pending:
             return
-        if self._log.full:
-            self._roll()
         data = b"".join(self._pending)
         if self._marked_seq < self.durable_seq:
             data = self._mark() + data
@@ -121,19 +121,14 @@ class Journal:
         self._pending.clear()
         self.pending_bytes = 0
         self._marked_seq, self.durable_seq = self.durable_seq, self.seq
+        if self._log.full:
+            self._roll()
 
     def mark(self) -> None:
         """When idle: tell the readers of the last commit, which no next write will tell them."""
         if self._marked_seq < self.durable_seq:
             self._log.append(self._mark())
             self._marked_seq = self.durable_seq
-
-    def drop_pending(self) -> None:
-        """After a commit failed for want of space: forget what is not on disk. The streams send
-        it again, as they were not acknowledged."""
-        self._pending.clear()
-        self.pending_bytes = 0
-        self.seq = self.durable_seq
 
     def close(self) -> None:
         self._log.close()
@@ -150,8 +145,13 @@ class Journal:
         return [pack_map(Kind.TABLE, self.durable_seq + 1, table)]
 
     def _roll(self) -> None:
-        self.mark()
-        before = self._log.start(self._log.index + 1)
+        """Begin a segment. Nothing is buffered now: its table must not tell of what is not on
+        disk, or a crash before the next commit would lose it unseen."""
+        try:
+            self.mark()
+            before = self._log.start(self._log.index + 1)
+        except OSError:
+            return  # no room: goes on in the old one, the next commit tries again
         self._disk.sync(before)
         self._disk.close(before)
         self._log.sync()
@@ -168,13 +168,21 @@ class Journal:
             if found.heads and found.heads[0].kind == Kind.TABLE:
                 break
         else:
+            if len(buf) < NEW_BYTES and len(indexes) == 1 and not found.heads:
+                self._begin(indexes[0])  # the crash came while the journal was made
+                return
             raise JournalDamaged(
                 f"no segment in {directory} starts with a readable table. Move the directory away "
                 "to start a new journal; the ranks send again what they keep"
             )
         for index, buf, found in scans:
             for head in found.heads:
-                self._replay(head, buf)
+                try:
+                    self._replay(head, buf)
+                except BadRecord as error:
+                    self.seq = head.seq
+                    path = segment_path(directory, index)
+                    self.damage.append(f"{path}: entry {head.seq} is not readable: {error}")
             last = index == indexes[-1]
             for start, end in found.damage:
                 if not (last and end == len(buf)):
@@ -183,13 +191,21 @@ class Journal:
         index, buf, found = scans[-1]
         tail = found.damage[-1] if found.damage else None
         size = tail[0] if tail and tail[1] == len(buf) else len(buf)
-        self._log.resume(index, size)
-        if size == 0:  # a crash between making a segment and writing its table
-            self._log.append(b"".join(self._opening()))
-        self._log.sync()
         self.durable_seq = self.seq
+        if size == 0:  # the crash came between making a segment and writing its table
+            self._begin(index)
+        else:
+            self._log.resume(index, size)
+            self._log.sync()
         self._marked_seq = -1
         self.mark()
+
+    def _begin(self, index: int) -> None:
+        """Write the table of a segment that has nothing readable yet."""
+        self._log.resume(index, 0)
+        self._log.append(b"".join(self._opening()))
+        self._log.sync()
+        self._disk.sync_dir(self._log.directory)
 
     def _replay(self, head: Head, buf: bytes) -> None:
         if head.kind == Kind.MARK:

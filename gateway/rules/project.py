@@ -40,6 +40,7 @@ ITEM_KINDS = {
     Kind.SUMMARY: "summary",
     Kind.MEDIA: "media",
 }
+UNREADABLE = "not readable in the journal"
 LOST_AFTER_NS = 60 * 10**9
 QUIET_NS = 15 * 10**9  #: how long a stream was unheard when a tick calls it quiet
 TAIL_HEAD_COLUMNS = 4  #: a tail row: stream, seq, step, wall, then the values, 8 bytes each
@@ -189,6 +190,9 @@ class Projection:
         elif kind == Kind.BYE:
             stream.bye = True
             stream.ended_ns = stream.ended_ns or body["r"]
+            if body["final"] > stream.last_seq:
+                # Ingest had them all, so only a damaged journal can lack some.
+                self._gap(stream, stream.last_seq + 1, body["final"], UNREADABLE)
             self._touch(stream)
 
     def _open(self, body: dict[str, Any]) -> None:
@@ -262,7 +266,7 @@ class Projection:
             return
         if first != stream.last_seq + 1:
             # Only a damaged journal has such a hole: ingest accepts no other number.
-            self._gap(stream, stream.last_seq + 1, first - 1, "not readable in the journal")
+            self._gap(stream, stream.last_seq + 1, first - 1, UNREADABLE)
         stream.last_seq = first + n - 1
         stream.stored += n
         stream.quiet_ns = 0
@@ -275,6 +279,7 @@ class Projection:
                 and layout is not None
                 and size == layout.row_bytes
                 and len(records) == n * size
+                and (n == 1 or _all_alike(records, size))
             ):
                 self._add_piece(entry, stream, layout, first, n, records)
                 return
@@ -533,6 +538,19 @@ class Projection:
 
     def _silent(self, stream: Stream) -> bool:
         return bool(stream.quiet_ns) and self.now_ns - stream.quiet_ns >= LOST_AFTER_NS
+
+
+def _all_alike(records: memoryview, size: int) -> bool:
+    """Do the records of a frame all have the length, kind and schema of its first one?
+
+    By induction: where one record has that length, the next one's header is read right. (That
+    n of them make up the frame's length does not tell: shorter ones may make up for longer.)
+    """
+    n = len(records) // size
+    return all(
+        bytes(records[i::size]) == records[i : i + 1].tobytes() * n
+        for i in (4, 5, 6, 7, 16, 18, 19)
+    )
 
 
 def _blocks(pieces: list[Piece]) -> Iterable[list[Piece]]:
