@@ -14,7 +14,6 @@ import apsw
 
 from rank_client.rendezvous import LOCK_GATEWAY, ipc_address, locked, start_gateway
 
-from .config import Config
 from .series.reader import Reader
 from .sinks.process import fresh
 from .sinks.store import SinkView, read_views
@@ -107,8 +106,14 @@ class Progress:
         return self.projected and not self.waiting
 
 
-def progress(root: Path, run: str, config: Config) -> Progress:
-    """Where a run stands with the gateway and each configured sink."""
+def sinks_of(root: Path) -> dict[str, str]:
+    """name → mode of the sinks the gateway of this directory was started with."""
+    return dict(read_json(root / "supervisor.json").get("sinks", {}))
+
+
+def progress(root: Path, run: str) -> Progress:
+    """Where a run stands with the gateway and each of its sinks."""
+    sinks = sinks_of(root)
     run_dir = root / "runs" / run
     end = read_json(root / "ingest.json").get("journals", {}).get(run, 0)
     views = {view.name: view for view in read_views(run_dir)}
@@ -117,26 +122,25 @@ def progress(root: Path, run: str, config: Config) -> Progress:
             projected = reader.about().cursor >= end
             waiting = tuple(
                 name
-                for name, sink in config.sinks.items()
+                for name, mode in sinks.items()
                 if (name not in views or views[name].state != "off")
-                and not fresh(run_dir, name, reader, sink.mode == "offline")
+                and not fresh(run_dir, name, reader, mode == "offline")
             )
     except (apsw.Error, KeyError):
-        return Progress(run, False, views, tuple(config.sinks))
+        return Progress(run, False, views, tuple(sinks))
     return Progress(run, projected, views, waiting)
 
 
 def wait_done(
     root: Path,
     runs: Callable[[], list[str]],
-    config: Config,
     seconds: float,
     tell: Callable[[list[Progress]], None],
 ) -> bool:
     """Until every run is projected and its sinks have nothing left; False when time was out."""
     deadline = time.monotonic() + seconds
     while True:
-        states = [progress(root, run, config) for run in runs()]
+        states = [progress(root, run) for run in runs()]
         tell(states)
         if all(state.done for state in states):
             return True

@@ -51,6 +51,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    part = path.with_suffix(f".{os.getpid()}")
+    part.write_text(json.dumps(value))
+    part.rename(path)
+
+
 @dataclass
 class Child:
     """A process that should be running, and when to start it (again)."""
@@ -139,6 +145,8 @@ class Supervisor:
 
     def run(self, ready: Callable[[], None]) -> int:
         """Until SIGTERM or SIGINT, or until there is nothing left to do; the exit code."""
+        modes = {name: sink.mode for name, sink in self.config.sinks.items()}
+        write_json(self.root / "supervisor.json", {"pid": os.getpid(), "sinks": modes})
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
         while not self._stopping:
@@ -193,9 +201,9 @@ class Supervisor:
     def _look_after_sinks(self, now: float) -> None:
         for (run, name), child in list(self._sinks.items()):
             code = child.ended(now)
-            if code in (OFF, BUSY):
+            if code == OFF:
                 self._off.add((run, name))
-            elif code:
+            elif code and code != BUSY:
                 log.warning("sink %s of run %s ended with %s; started again", name, run, code)
         for run in self._status().get("journals", {}):
             for name in self.config.sinks:

@@ -42,7 +42,7 @@ def command(
     root = directory.absolute()
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = config or root / "gateway.toml"
-    settings = load(path if config or path.exists() else None, tuple(sink or ()))
+    load(path if config or path.exists() else None, tuple(sink or ()))
     deadline = time.monotonic() + seconds
     with attach.hold(root):
         attach.ensure(root, os.environ, str(config.absolute()) if config else "", tuple(sink or ()))
@@ -51,8 +51,8 @@ def command(
             raise NotServed(f"the gateway for {root} did not come up. Its last words:\n{words}")
         waited = wait_shipped(root, deadline) and attach.wait_fresh(root)
         left = max(1.0, deadline - time.monotonic())
-        done = attach.wait_done(root, lambda: list(attach.journals(root)), settings, left, _quiet)
-        states = [attach.progress(root, run, settings) for run in attach.journals(root)]
+        done = attach.wait_done(root, lambda: list(attach.journals(root)), left, _quiet)
+        states = [attach.progress(root, run) for run in attach.journals(root)]
     if as_json:
         runs = {s.run: {"done": s.done, "waiting": list(s.waiting)} for s in states}
         typer.echo(json.dumps({"done": done and waited, "runs": runs}))

@@ -18,7 +18,7 @@ from rank_client.spool import spool_root
 from rank_client.tool import tell_exit
 
 from .. import attach
-from ..config import Config, build, load
+from ..config import Config, load
 from ..errors import RankgateError
 from ..supervise import read_json
 from ..view.queries import shown
@@ -145,9 +145,7 @@ class Launch:
         if not attach.served(self.root):
             if not self._warned:
                 self._warned = True
-                say(
-                    "NO GATEWAY ANSWERS; training goes on, its logs wait in the spool. Last words:"
-                )
+                say("NO GATEWAY ANSWERS; training goes on, its logs wait in the spool. Last words:")
                 say(attach.last_lines(self.root / "gateway.log"))
             return
         if not self.quiet:
@@ -193,14 +191,13 @@ class Launch:
     def _settle(self) -> list[str]:
         """The runs of this launch, once all that its processes left in the spool is shipped."""
         spool, deadline = spool_root(self.environ), time.monotonic() + SETTLE_SECONDS
-        none = build({}, "defaults")
         attach.wait_fresh(self.root)
         while True:
             orphans = sweep.find(spool, self.root, lambda run: run in attach.journals(self.root))
             time.sleep(0.05)
             behind = [
                 r for r in attach.journals(self.root)
-                if not attach.progress(self.root, r, none).projected
+                if not attach.progress(self.root, r).projected
             ]  # fmt: skip
             if (not orphans and not behind) or time.monotonic() > deadline:
                 return attach.runs_of_launch(self.root, self.launch)
@@ -215,9 +212,8 @@ class Launch:
                     if state.waiting:
                         say(f"run {state.run}: waiting for {', '.join(state.waiting)}")
 
-        if not attach.wait_done(
-            self.root, lambda: runs, settings, settings.gateway.drain_seconds, tell
-        ):
+        seconds = settings.gateway.drain_seconds
+        if not attach.wait_done(self.root, lambda: runs, seconds, tell):
             say("some sinks are not done; the gateway goes on. Look: rankgate status")
 
 

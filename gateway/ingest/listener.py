@@ -150,7 +150,7 @@ class Ingest:
         self._send(self.peers.committed())
         if not self.socket.poll(0):
             for journal in self.store.open.values():
-                journal.mark()
+                _mark(journal)
 
     def _commit_failed(self, run: str, error: OSError) -> None:
         """Full: credit 0 until there is room. Anything else: stop, as after a failed fsync the
@@ -225,9 +225,16 @@ class Ingest:
         ]
         self._send(drain)
         for journal in self.store.open.values():
-            journal.mark()
+            _mark(journal)
             journal.close()
         self.socket.close(200)
+
+
+def _mark(journal: Journal) -> None:
+    try:
+        journal.mark()
+    except OSError as error:  # no room: the next commit brings it, or a restart
+        log.debug("cannot write a commit mark: %s", error)
 
 
 def _room(root: Path) -> bool:
@@ -252,7 +259,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     """For display only, by rename; a full disk must not stop the loop."""
     try:
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(value))
+        part.write_text(json.dumps(value, skipkeys=True, default=repr))  # peers say what they like
         part.rename(path)
     except OSError as error:
         log.debug("cannot write %s: %s", path, error)

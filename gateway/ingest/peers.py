@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from rank_client.wire import frames
 from rank_client.wire.frames import BadFrame, Type
 from rank_client.wire.keys import valid_run_id
-from rank_client.wire.records import Kind
+from rank_client.wire.records import MAX_DEPTH, BadRecord, Kind, check_nesting
 
 from ..journal.writer import Journal, JournalDamaged, Mark
 from .media import BadBlob, Blob
@@ -24,6 +24,7 @@ CREDIT_FLOOR_BYTES = 64 << 10
 CREDIT_TOP_BYTES = 4 << 20
 SILENT_NS = 15 * 10**9  #: three pings missed
 GONE_NS = 75 * 10**9  #: 60 s of ticks after that the rules call it lost; then it is forgotten here
+MAX_NUMBER = 1 << 62  #: sums of numbers still fit the 64 bits of a column
 HELLO_KINDS = ("live", "replay", "tool", "worker", "blob")
 
 Reply = tuple[bytes, bytes]  #: (peer, frame)
@@ -177,9 +178,12 @@ class Peers:
             self._reject(peer, message.stream, problem, out)
             return
         stream = self.streams.get(message.stream)
-        if stream is not None and stream.run != body["run"]:
-            self._reject(peer, message.stream, "this stream belongs to another run", out)
-            return
+        if stream is not None:
+            problem = _mismatch(stream, body)
+            if problem:
+                self._reject(peer, message.stream, problem, out)
+                return
+            stream.kind = body["kind"]
         try:
             if stream is None:
                 stream = self._new_stream(now_ns, peer, message.stream, body)
@@ -210,7 +214,7 @@ class Peers:
     @staticmethod
     def _problem(body: dict[str, Any]) -> str:
         versions, run = body.get("v"), body.get("run")
-        if not (isinstance(versions, list) and len(versions) == 2):
+        if not (isinstance(versions, list) and [type(v) for v in versions] == [int, int]):
             return "no protocol versions"
         if not versions[0] <= frames.MAJOR <= versions[1]:
             return f"this gateway speaks protocol {frames.MAJOR}"
@@ -218,6 +222,13 @@ class Peers:
             return "a run id must match [A-Za-z0-9._-]{1,64}"
         if body.get("kind") not in HELLO_KINDS:
             return "an unknown kind of stream"
+        first = body.get("first", 1)
+        if not (isinstance(first, int) and 0 <= first <= MAX_NUMBER):
+            return "a first number that cannot be"
+        try:
+            check_nesting(body, MAX_DEPTH - 1)  # the journal's `open` entry is one level around it
+        except BadRecord as error:
+            return str(error)
         return ""
 
     def _new_stream(self, now_ns: int, peer: bytes, id_: bytes, body: dict[str, Any]) -> Stream:
@@ -259,7 +270,8 @@ class Peers:
         if not isinstance(final, int) or stream.high_water < final:
             return  # the client goes on sending, and says it again
         if stream.blob:
-            self._finish_blob(now_ns, stream, stream.blob)
+            if not self._finish_blob(now_ns, stream, stream.blob):
+                return  # it is told to say HELLO, and sends the file again
         elif not stream.journal.streams[stream.id].ended:
             stream.journal.streams[stream.id].ended = True
             entry = {"stream": stream.id, "final": final, "status": str(body.get("status"))[:32]}
@@ -267,17 +279,21 @@ class Peers:
         stream.bye_peer = peer
         self._dirty[stream.id] = stream
 
-    def _finish_blob(self, now_ns: int, stream: Stream, blob: Blob) -> None:
+    def _finish_blob(self, now_ns: int, stream: Stream, blob: Blob) -> bool:
+        """False when the file is not what was announced, or cannot be kept."""
         try:
             blob.finish()
         except (BadBlob, OSError) as error:
             self.count(f"bad blob: {error}")
+            blob.close()
             del self.streams[stream.id]
-            return
+            self._dirty.pop(stream.id, None)
+            return False
         for of, media in blob.refs:
             entry = {"stream": of, "media": media, "sha256": blob.sha256, "size": blob.size_bytes}
             stream.journal.append_map(Kind.BLOB, now_ns, entry)
         blob.refs.clear()
+        return True
 
     # --- after a commit ------------------------------------------------------
 
@@ -310,6 +326,8 @@ class Peers:
         """run → body of a TICK entry, for the runs that have an open stream or had news."""
         out: dict[str, dict[str, Any]] = {}
         for stream in self.streams.values():
+            if now_ns - stream.heard_ns > GONE_NS:
+                self._finished.append(stream)  # should it speak again, it is told to say HELLO
             if stream.blob or stream.ended:
                 continue
             dup = self.duplicates.get(stream.run, 0)
@@ -318,8 +336,6 @@ class Peers:
             if quiet != stream.silent:
                 stream.silent = quiet
                 body["quiet" if quiet else "back"].append(stream.id)
-            if now_ns - stream.heard_ns > GONE_NS:
-                self._finished.append(stream)  # should it speak again, it is told to say HELLO
         for stream in self._finished:
             self.streams.pop(stream.id, None)
             if stream.blob:
@@ -347,3 +363,12 @@ class Peers:
 
     def _reject_frame(self, stream: bytes, text: str, fatal: bool) -> bytes:
         return frames.control(Type.REJECT, self.session, stream, {"text": text, "fatal": fatal})
+
+
+def _mismatch(stream: Stream, body: dict[str, Any]) -> str:
+    """Why this HELLO cannot be of the stream that has its id, or nothing."""
+    if stream.run != body["run"]:
+        return "this stream belongs to another run"
+    if (stream.blob is not None) != (body["kind"] == "blob"):
+        return "this stream is of another kind"
+    return ""

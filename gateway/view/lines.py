@@ -46,14 +46,18 @@ def rank_style(rank: int, ranks: int) -> str:
 
 
 def columns(
-    header: Sequence[str], rows: Iterable[Sequence[str | Text]], right: str = "", flex: int = -1
+    header: Sequence[str],
+    rows: Iterable[Sequence[str | Text]],
+    right: str = "",
+    flex: int = -1,
+    width: int = WIDTH,
 ) -> list[Text]:
     """Rows under a header. `right` has one character per column: `>` stands right."""
     table = [[Text(h, HEADER) for h in header]]
     table += [[c if isinstance(c, Text) else Text(c) for c in row] for row in rows]
     widths = [max((row[i].cell_len for row in table if i < len(row)), default=0)
               for i in range(len(header))]  # fmt: skip
-    over = sum(widths) + len(GAP) * (len(widths) - 1) - WIDTH
+    over = sum(widths) + len(GAP) * (len(widths) - 1) - width
     if flex >= 0 and over > 0:
         widths[flex] = max(8, widths[flex] - over)
     return [_joined(row, widths, right, flex) for row in table]
@@ -137,8 +141,10 @@ def logged_lines(book: Accounting, duplicates: int) -> list[Text]:
 
 
 def all_well(view: RunView) -> Text:
+    """In place of problems; without a gateway nobody can say that all is well."""
     text = f"{ranks_text(view)}, lost {count(view.accounting.lost)}"
-    return Text("✓ ", "green").append(text, "")
+    known = view.live or view.state == "completed"
+    return Text("✓ " if known else "  ", "green").append(text, "")
 
 
 def not_finite_lines(found: Sequence[NotFinite]) -> list[Text]:
@@ -162,9 +168,10 @@ def next_lines(shown: Shown) -> list[Text]:
     tail = f"rankgate tail {view.short}"
     tail += f" --rank {odd}" if odd is not None else " --follow" if view.live else ""
     out = [Text(f"Next: {tail}")]
-    if shown.keys:
-        key = _quoted(shown.keys[0].key)
-        out.append(Text(f"      rankgate query {view.short} {key} --rank all"))
+    for row in shown.keys:
+        line = f"      rankgate query {view.short} {_quoted(row.key)} --rank all"
+        if len(line) <= WIDTH:  # a command that is cut cannot be pasted
+            return [*out, Text(line)]
     return out
 
 

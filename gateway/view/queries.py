@@ -328,7 +328,8 @@ class _Making:
     ) -> RunView:
         about, named = self.about, label(self.run_dir, self.streams)
         ranks = self.ranks()
-        started = min((_int(s.hello.get("started")) for s in self.streams), default=0)
+        starts = (_int(s.hello.get("started")) for s in self.streams if s.kind != "tool")
+        started = min((ns for ns in starts if ns), default=0)
         end = self._end_ns()
         accounting = Accounting.total(self.books.values())
         passed, held = _counters(about.counters, "passed "), _counters(about.counters, "held ")

@@ -24,7 +24,7 @@ from .lines import (
 )
 from .points import KeyRow
 from .queries import Gateway, RunView, Shown, SinkRow
-from .words import clean, clock, count, duration, moment, number, plural, shorten, size, sparkline
+from .words import clean, clock, count, duration, moment, number, plural, size, sparkline
 
 SHOWN_KEYS = 20
 
@@ -37,8 +37,11 @@ def show_lines(shown: Shown, width: int = WIDTH) -> list[Text]:
     nodes = plural(len(view.nodes) or 1, "node")
     head = Text(view.name, "bold").append(GAP).append_text(state_text(view))
     where = f"{plural(view.world_size, 'rank')} on {nodes}"
-    head.append(f"  {step_text(view.step)}  attempt {shown.attempt}  {where}")
-    lines = [head, *gateway_gone_lines(view)]
+    head.append(f"  {step_text(view.step)}")
+    more = f"attempt {shown.attempt}  {where}"
+    fits = head.cell_len + len(GAP) + len(more) <= width
+    lines = [head.append(f"{GAP}{more}")] if fits else [head, Text(f"{GAP}{more}")]
+    lines += gateway_gone_lines(view)
     lines += problem_lines(view, width) or [all_well(view)]
     lines += key_lines(shown, width)
     lines += not_finite_lines([n for row in shown.keys for n in row.not_finite])
@@ -80,44 +83,31 @@ def _single_rows(rows: Sequence[KeyRow], step: int) -> list[Text]:
 
 
 def _group_rows(rows: Sequence[KeyRow], step: int, width: int) -> list[Text]:
-    header = ("MEAN", "MIN (RANK)", "MAX (RANK)", "RANKS", "LAST 100 STEPS")
-    cells = [_group_cells(row) for row in rows]
-    low, high = (max([len(header[i]), *(len(c[i]) for c in cells if not c[5])]) for i in (1, 2))
-    same = max((len(c[1]) for c in cells if c[5]), default=0)
-    high = max(high, same - low - len(GAP))
-    mean = max(len("MEAN"), *(len(c[0]) for c in cells))
-    ranks = max(len("RANKS"), *(len(c[3]) for c in cells))
-    fixed = mean + low + high + ranks + len(header[4]) + 5 * len(GAP)
-    longest = max(len("KEY"), *(len(_key_text(r, step)) for r in rows))
-    key = max(8, min(longest, width - fixed))
-
-    def line(*parts: str) -> Text:
-        name, avg, least, most, n, spark, is_same = parts
-        middle = (
-            least.ljust(low + len(GAP) + high) if is_same else f"{least:<{low}}  {most:<{high}}"
-        )
-        return Text(f"{name:<{key}}  {avg:>{mean}}  {middle}  {n:<{ranks}}  {spark}".rstrip())
-
-    out = [line("KEY", *header, "")]
-    out[0].stylize(HEADER)
-    for row, parts in zip(rows, cells, strict=True):
-        out.append(line(shorten(_key_text(row, step), key), *parts))
-    return out
+    """MIN and MAX are one column, so that `same on all ranks` may stand in both."""
+    ends = [_ends(row) for row in rows]
+    low = max([len("MIN (RANK)"), *(len(e[0]) for e in ends if len(e) == 2)])
+    header = ["KEY", "MEAN", f"{'MIN (RANK)':<{low}}  MAX (RANK)", "RANKS", "LAST 100 STEPS"]
+    cells = []
+    for row, parts in zip(rows, ends, strict=True):
+        middle = GAP.join([parts[0].ljust(low), *parts[1:]]) if len(parts) == 2 else parts[0]
+        ranks = f"{row.ranks}/{row.expected}"
+        value = row.mean if len(parts) == 2 else row.values[0][1]
+        cells.append([_key_text(row, step), number(value), middle, ranks, sparkline(row.spark)])
+    lines = columns(header, cells, "<><<<", flex=0, width=width)
+    if max(line.cell_len for line in lines) > width:  # long numbers: the shapes give way
+        return columns(header[:-1], [c[:-1] for c in cells], "<><<", flex=0, width=width)
+    return lines
 
 
-def _group_cells(row: KeyRow) -> tuple[str, str, str, str, str, str]:
-    """MEAN, MIN, MAX, RANKS, the shape, and whether MIN stands for both."""
-    ranks, spark = f"{row.ranks}/{row.expected}", sparkline(row.spark)
-    if row.same and row.ranks == row.expected:
-        return number(row.values[0][1]), "same on all ranks", "", ranks, spark, "same"
+def _ends(row: KeyRow) -> tuple[str, ...]:
+    """Minimum and maximum with their ranks, or one text that says why there are no two."""
     if row.ranks == 1:
-        rank, value = row.values[0]
-        return number(value), f"on rank {rank} only", "", ranks, spark, "same"
-    low = "–" if row.min_rank is None else f"{number(row.min)} ({row.min_rank})"
-    high = "–" if row.max_rank is None else f"{number(row.max)} ({row.max_rank})"
+        return (f"on rank {row.values[0][0]} only",)
     if row.same:
-        return number(row.values[0][1]), f"same on {row.ranks} ranks", "", ranks, spark, "same"
-    return number(row.mean), low, high, ranks, spark, ""
+        return ("same on all ranks" if row.ranks == row.expected else f"same on {row.ranks} ranks",)
+    if row.min_rank is None or row.max_rank is None:
+        return ("–", "–")
+    return f"{number(row.min)} ({row.min_rank})", f"{number(row.max)} ({row.max_rank})"
 
 
 def _not_looked_at(shown: Shown) -> list[Text]:
@@ -164,6 +154,9 @@ def run_status_lines(view: RunView, width: int = WIDTH) -> list[Text]:
 
 
 def sink_lines(sinks: Sequence[SinkRow]) -> list[Text]:
+    if all(s.state == "off" and "not in the config" in s.reason for s in sinks):
+        names = " or ".join(f"[sinks.{clean(s.sink)}]" for s in sinks)
+        return [Text(f"SINKS    off; to turn on, add {names}")]
     header = ("SINK   ", "STATE", "FEED", "DELIVERED", "SKIPPED", "QUARANTINED", "WAITING", "LAG")
     rows, after = [], {}
     for s in sinks:

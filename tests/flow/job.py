@@ -133,7 +133,7 @@ class Job:
             return False
 
     def child(self, name: str) -> int:
-        """The pid of one of the gateway's processes: ingest, rules, sink."""
+        """The pid of one of the gateway's children: ingest, rules, or a sink by its name."""
 
         def find() -> int:
             for pid in self.gateway_pids():
@@ -141,7 +141,7 @@ class Job:
                     words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
                 except OSError:
                     continue
-                if name.encode() in words:
+                if name.encode() in words and not {b"serve", b"detached"} & set(words):
                     return pid
             return 0
 
@@ -208,6 +208,9 @@ class Job:
         )
         assert not want - have, f"lost: {list((want - have).items())[:5]}"
         assert (have - want).total() <= extra_allowed, list((have - want).items())[:5]
+        with self.reader(run) as reader:
+            assert reader.quarantine() == []
+            assert reader.losses() == []
         self.assert_accounted(run)
 
     def assert_accounted(self, run: str = "r1") -> None:

@@ -61,14 +61,30 @@ def test_signals_reach_the_command(tmp_path: Path, number: signal.Signals) -> No
 def test_the_summary_is_one_block_of_thirty_lines_at_eighty_columns(tmp_path: Path) -> None:
     """At the end: run, ranks, sums, sinks, values, next commands; nothing wider than 80."""
     with Job(tmp_path) as job:
-        words = ["run", "--run", "r1", "--sink", "clearml=offline", "--", *rank_words(job, 30, "exit")]
+        words = [
+            "run",
+            "--run",
+            "r1",
+            "--sink",
+            "clearml=offline",
+            "--",
+            *rank_words(job, 30, "exit"),
+        ]
         code, _, err = job.cli(*words, **PLACE)
         assert code == 0
         block = err[err.index("──") :].splitlines()
         assert len(block) <= 30
         assert max(map(len, block)) <= 80
         text = "\n".join(block)
-        for word in ("r1", "completed", "lost 0", "duplicates", "clearml", "exported", "train/loss"):
+        for word in (
+            "r1",
+            "completed",
+            "lost 0",
+            "duplicates",
+            "clearml",
+            "exported",
+            "train/loss",
+        ):
             assert word in text, (word, text)
 
 

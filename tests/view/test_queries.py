@@ -103,7 +103,7 @@ class TestFinding:
 
     def test_no_runs_at_all(self, tmp_path: Path) -> None:
         """An empty data directory is told as such, with how to name another."""
-        with pytest.raises(UnknownRun, match="holds no runs.*--dir or RANKGATE_DIR"):
+        with pytest.raises(UnknownRun, match=r"holds no runs.*--dir or RANKGATE_DIR"):
             find_run(tmp_path, "x")
 
     def test_short_id_grows_until_unique(self) -> None:
@@ -122,7 +122,7 @@ class TestFinding:
         """A damaged series.db is told in one paragraph, with what to do."""
         path = data / "runs" / "99.0" / "series.db"
         path.write_bytes(b"not a database, but long enough to be one" * 1000)
-        with pytest.raises(Damaged, match="Nothing is lost.*Delete it") as caught:
+        with pytest.raises(Damaged, match=r"Nothing is lost.*Delete it") as caught:
             look(path.parent)
         assert "\n" not in caught.value.text
 
@@ -411,6 +411,17 @@ class TestRun:
         assert [r.state for r in found.ranks] == ["finished", "finished"]
         assert found.nodes == ("node-0", "node-1")
 
+    def test_duration(self, tmp_path: Path) -> None:
+        """A run lasts from its first rank's start to its last rank's end; the launcher's own
+        stream, which tells no start, changes nothing."""
+        run = RunBuilder(tmp_path)
+        rank = run.rank(0)
+        run.wait(11_400)
+        rank.end()
+        run.wait(50).launcher(0)
+        run.rank(-1, kind="tool", started=0)
+        assert look(run.close()).seconds == pytest.approx(11_400, abs=1)
+
     def test_failed_rank_is_named(self, tmp_path: Path) -> None:
         """A failure names rank and node, and says the last line of the traceback."""
         run = RunBuilder(tmp_path)
@@ -470,7 +481,7 @@ class TestRun:
         for rank in run.ranks(16, nodes=2):
             rank.log({"loss": 1.0}, 5 if rank.rank >= 8 else 50)
         run_dir = run.close()
-        run.serve(time.time_ns(), silent={r: 20.5 for r in range(8, 16)})
+        run.serve(time.time_ns(), silent=dict.fromkeys(range(8, 16), 20.5))
         [text] = texts(look(run_dir))
         assert text == "ranks 8–15 (node-1) silent for 20 s at step 5; others go on"
 
@@ -654,7 +665,9 @@ class TestSinks:
         run = RunBuilder(tmp_path)
         run.rank(0)
         found = look(run.close())
-        assert {s.sink: s.reason for s in found.sinks}["hub"] == "not in the config: add [sinks.hub]"
+        assert {s.sink: s.reason for s in found.sinks}[
+            "hub"
+        ] == "not in the config: add [sinks.hub]"
 
     def test_lag(self, tmp_path: Path) -> None:
         """The lag of a sink is how much older its newest delivery is than the newest record."""
