@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 from rank_client.wire.disk import Disk
 from rank_client.wire.frames import DATA_HEAD
@@ -33,6 +34,8 @@ from rank_client.wire.segments import (
 
 RECEIVED = struct.Struct("<q")
 RECEIVED_BYTES = RECEIVED.size
+_BATCH_HEAD = struct.Struct("<IQBBHIq")  # a record's header after its checksum, then `received`
+_BATCH_HEAD_BYTES = 4 + _BATCH_HEAD.size
 _MARK_BODY = b""
 NEW_BYTES = 4096  #: the first segment of a journal that was never written to is smaller
 
@@ -102,7 +105,13 @@ class Journal:
         self.seq += 1
         if now_ns > self.received_ns:
             self.received_ns = now_ns
-        self._push(pack(Kind.BATCH, self.seq, RECEIVED.pack(self.received_ns) + frame))
+        # As `pack` would, without copying 64 KiB three times.
+        pad = -len(frame) & PAD_MASK
+        size = _BATCH_HEAD_BYTES + len(frame) + pad
+        head = _BATCH_HEAD.pack(size, self.seq, Kind.BATCH, pad, 0, 0, self.received_ns)
+        crc = crc32(bytes(pad), crc32(frame, crc32(head)))
+        self._pending += (crc.to_bytes(4, "little") + head, frame + bytes(pad))
+        self.pending_bytes += size
 
     def _push(self, record: bytes) -> None:
         self._pending.append(record)

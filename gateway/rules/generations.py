@@ -54,7 +54,8 @@ class Generations:
         if found is None:
             return UNORDERED
         found.add(hello)
-        for earlier in hello.get("earlier") or ():
+        named = hello.get("earlier")
+        for earlier in named if isinstance(named, list) else ():
             if isinstance(earlier, bytes):
                 self._named_by.setdefault(earlier, found.id)
         return found.id

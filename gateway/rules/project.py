@@ -41,6 +41,7 @@ ITEM_KINDS = {
     Kind.MEDIA: "media",
 }
 UNREADABLE = "not readable in the journal"
+MAX_REFUSED = 1 << 48  #: calls that one record may tell of
 LOST_AFTER_NS = 60 * 10**9
 QUIET_NS = 15 * 10**9  #: how long a stream was unheard when a tick calls it quiet
 TAIL_HEAD_COLUMNS = 4  #: a tail row: stream, seq, step, wall, then the values, 8 bytes each
@@ -143,6 +144,7 @@ class Projection:
         self._pieces: dict[int, list[Piece]] = {}
         self._position = 0
         self._feed: list[tuple[int, tuple[Any, ...]]] = []
+        self._newest: dict[int, int] = {}  # stream → position of the last rows it accounts for
 
     # --- entries -------------------------------------------------------------
 
@@ -150,6 +152,7 @@ class Projection:
         """Project committed entries that follow those taken before."""
         self._changes = changes = Changes()
         self._pieces, self._position, self._feed = {}, 0, []
+        self._newest = {}
         for seq, kind, body in entries:
             changes.cursor = seq
             if kind == Kind.BATCH:
@@ -160,6 +163,7 @@ class Projection:
             self._rows(keyset, pieces)
         self._feed.sort(key=lambda f: f[0])
         changes.feed = [entry for _, entry in self._feed]
+        changes.quarantine.sort(key=lambda q: (q[0], q[2]))  # rows were looked at last
         return changes
 
     def _event(self, seq: int, kind: int, packed: memoryview) -> None:
@@ -204,7 +208,7 @@ class Projection:
             id=body["stream"],
             hello=hello,
             generation=self.generations.place(hello) if kind != "tool" else -1,
-            rank=rank if isinstance(rank, int) else -1,
+            rank=rank if isinstance(rank, int) and abs(rank) < 1 << 31 else -1,
             kind=kind,
         )
         self.streams[stream.id] = stream
@@ -409,7 +413,9 @@ class Projection:
     def _account_rows(self, keyset: int, piece: Piece) -> None:
         stream, n = piece.stream, piece.n
         at = (n - 1) * piece.layout.row_bytes + HEADER_BYTES
-        stream.last_step, stream.last_wall_ns = _STEP_WALL.unpack_from(piece.data, at)
+        if piece.position > self._newest.get(stream.index, 0):  # key sets come one after another
+            self._newest[stream.index] = piece.position
+            stream.last_step, stream.last_wall_ns = _STEP_WALL.unpack_from(piece.data, at)
         stream.projected += n
         rule = self._gated("metric", stream.rank, n * len(piece.layout.columns))
         if rule:
@@ -456,13 +462,11 @@ class Projection:
         self._add_piece(entry, stream, layout, seq, 1, row)
 
     def _item(self, entry: int, stream: Stream, head: Head, body: dict[str, Any]) -> None:
-        kind, where = ITEM_KINDS[Kind(head.kind)], (stream.index, head.seq, int(body["w"]))
-        step = body.get("s")
-        if step is not None and not isinstance(step, int):
-            raise TypeError(type(step).__name__)
+        kind, where = ITEM_KINDS[Kind(head.kind)], (stream.index, head.seq, _i64(body["w"]))
+        step = None if body.get("s") is None else _i64(body["s"])
         if kind == "media":
             named = (str(body["what"]), str(body["key"]), str(body["name"]))
-            meta = dict(body.get("meta") or {})
+            meta = _map(body.get("meta") or {})
             rule = self._gated(kind, stream.rank, 1)
             self._changes.media.append((*where, step, *named, meta, rule))
             told = self.early_blobs.pop((stream.id, head.seq), None)
@@ -474,7 +478,7 @@ class Projection:
         if kind == "text":
             self._changes.texts.append((*where, step, str(body["l"]), str(body["t"])))
         else:
-            self._changes.maps.append((kind, *where, dict(body["v"])))
+            self._changes.maps.append((kind, *where, _map(body["v"])))
         rule = self._gated(kind, stream.rank, 1)
         if rule:
             feed = (entry, kind, 0, stream.index, head.seq, head.seq, rule)
@@ -483,19 +487,21 @@ class Projection:
     def _control(self, stream: Stream, head: Head, body: dict[str, Any]) -> None:
         if head.kind == Kind.LOSS:
             reason = str(body.get("reason", "unknown"))
-            n = int(body.get("n", 0))
+            n, media = _i64(body.get("n", 0)), _i64(body.get("media", -1))
+            if not 0 <= n <= MAX_REFUSED:
+                raise ValueError(n)
             stream.refused += n
             self._changes.losses.append((stream.index, head.seq, head.seq, n, reason))
-            wanted = self.media_wanted.pop((stream.index, body.get("media", -1)), None)
+            wanted = self.media_wanted.pop((stream.index, media), None)
             if wanted is not None:
-                self._changes.lost_media.append((reason, stream.index, body["media"]))
+                self._changes.lost_media.append((reason, stream.index, media))
                 if wanted:
                     self._count("passed media", -1)
                     self._count("lost media")
         elif head.kind == Kind.END:
+            stream.ended_ns = _i64(body.get("w", 0))
             stream.status = str(body.get("status", ""))[:32]
             stream.text = str(body.get("text", ""))
-            stream.ended_ns = int(body.get("w", 0))
             if stream.kind == "tool" and isinstance(body.get("code"), int):
                 self.launchers[str(stream.hello.get("launch", ""))] = body["code"]
         else:
@@ -538,6 +544,20 @@ class Projection:
 
     def _silent(self, stream: Stream) -> bool:
         return bool(stream.quiet_ns) and self.now_ns - stream.quiet_ns >= LOST_AFTER_NS
+
+
+def _i64(value: Any) -> int:
+    """An integer that a column can hold: a rank may say anything. Raises what `_record` catches."""
+    number = int(value)
+    if not -(1 << 63) <= number < 1 << 63:
+        raise OverflowError(number)
+    return number
+
+
+def _map(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(type(value).__name__)
+    return value
 
 
 def _all_alike(records: memoryview, size: int) -> bool:

@@ -62,7 +62,7 @@ def key_lines(shown: Shown, width: int = WIDTH) -> list[Text]:
         return [Text("No values yet")]
     view, rows = shown.view, shown.keys[:SHOWN_KEYS]
     one = len(view.ranks) <= 1
-    who = "" if one else f", the last that all {view.world_size} ranks have"
+    who = "" if one else f", the last that all {count(view.world_size)} ranks have"
     if any(row.ranks < row.expected and row.ranks > 1 for row in rows if row.step == shown.step):
         who = ""
     out = [Text(f"Values at {step_text(shown.step)}{who}:")]

@@ -109,7 +109,7 @@ class TestShow:
         assert rankgate(capsys, "show", "7f3a", "nope")[0] == 66
 
     def test_a_copied_run(self, data: Path, tmp_path: Path, capsys: Say) -> None:
-        """A run's folder alone is enough, also without write access to it."""
+        """A run's folder alone is enough, wherever it was moved."""
         copy = tmp_path / "archive" / "7f3a9c21d04e"
         copy.parent.mkdir()
         (data / "runs" / "7f3a9c21d04e").rename(copy)

@@ -59,6 +59,7 @@ class TestWords:
             ("\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\", "link"),
             ("\x9b31mc1", "c1"),
             ("a\x1b(Bb\x1bcc", "abc"),
+            ("c1\x84\x8d\x90", "c1"),
             ("bell\x07 null\x00 del\x7f", "bell null del"),
             ("two\r\nlines\tand", "two lines and"),
             ("\u202eevil\u2066\u200f", "evil"),
