@@ -122,7 +122,7 @@ def _print(out: Console, line: Line, ranks: int, width: int) -> None:
     level = "" if line.level in ("info", "") else f"{clean(line.level).upper()} "
     # The lines of one text stay together; each is safe on its own.
     for i, part in enumerate(line.text.splitlines() or [""]):
-        head = Text(clock(line.wall_ns), "dim")
+        head = Text().append(clock(line.wall_ns), "dim")
         head.append(f" {line.rank:>{width}} ", rank_style(line.rank, ranks))
         head.append(level if i == 0 else "", _LEVEL_STYLES.get(line.level.lower(), ""))
         out.print(head.append(clean(part), ""))

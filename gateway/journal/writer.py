@@ -15,6 +15,7 @@ from rank_client.wire.disk import Disk
 from rank_client.wire.frames import DATA_HEAD
 from rank_client.wire.records import (
     HEADER_BYTES,
+    PAD_MASK,
     BadRecord,
     Head,
     Kind,

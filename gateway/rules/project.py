@@ -453,7 +453,7 @@ class Projection:
         stream.projected += 1
 
     def _kv(self, entry: int, stream: Stream, seq: int, body: dict[str, Any]) -> None:
-        values = sorted(((k, column_type_of(v)), v) for k, v in body["v"].items())
+        values = sorted(((k, column_type_of(v)), v) for k, v in _map(body["v"]).items())
         columns = tuple(c for c, _ in values)
         codes = "".join("d" if t == "f8" else "q" for _, t in columns)
         packed = struct.pack(f"<qqq{codes}", body["s"], body["w"], 0, *(v for _, v in values))

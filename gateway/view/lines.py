@@ -103,7 +103,7 @@ def problem_lines(view: RunView, width: int = WIDTH, indent: str = "") -> list[T
 
 def state_text(view: RunView) -> Text:
     """The state, and since when or until when."""
-    text = Text(view.state, STATE_STYLES.get(view.state, ""))
+    text = Text().append(view.state, STATE_STYLES.get(view.state, ""))
     if view.state == "running" and not view.live:
         return text.append(f" as of {moment(view.as_of_ns)}", "")
     return text.append(f"{' ' if view.live else ' after '}{duration(view.seconds)}", "")
@@ -144,7 +144,7 @@ def all_well(view: RunView) -> Text:
     """In place of problems; without a gateway nobody can say that all is well."""
     text = f"{ranks_text(view)}, lost {count(view.accounting.lost)}"
     known = view.live or view.state == "completed"
-    return Text("✓ " if known else "  ", "green").append(text, "")
+    return Text().append("✓ " if known else "  ", "green").append(text)
 
 
 def not_finite_lines(found: Sequence[NotFinite]) -> list[Text]:
@@ -154,7 +154,7 @@ def not_finite_lines(found: Sequence[NotFinite]) -> list[Text]:
         steps = f"step {count(n.first_step)}"
         if n.first_step != n.last_step:
             steps = f"steps {count(n.first_step)}–{count(n.last_step)}"
-        line = Text(f"{n.what}: ", "red")
+        line = Text().append(f"{n.what}: ", "red")
         out.append(line.append(f"{clean(n.key)}{on}, {steps} ({plural(n.values, 'value')})", ""))
     more = len(found) - SHOWN_LINES
     if more > 0:

@@ -35,7 +35,7 @@ SHOWN_KEYS = 20
 def show_lines(shown: Shown, width: int = WIDTH) -> list[Text]:
     view = shown.view
     nodes = plural(len(view.nodes) or 1, "node")
-    head = Text(view.name, "bold").append(GAP).append_text(state_text(view))
+    head = Text().append(view.name, "bold").append(GAP).append_text(state_text(view))
     where = f"{plural(view.world_size, 'rank')} on {nodes}"
     head.append(f"  {step_text(view.step)}")
     more = f"attempt {shown.attempt}  {where}"
