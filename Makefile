@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.ready
 
 .PHONY: demo test check bench clean setup
@@ -10,8 +11,8 @@ STAMP := $(VENV)/.ready
 $(STAMP): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (a minute or two, once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check "torch==2.13.0" -c constraints.txt
-	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@$(PIP) "torch==2.13.0" >$(VENV)/setup.log 2>&1 || (cat $(VENV)/setup.log; false)
+	@$(PIP) -e ".[dev]" >$(VENV)/setup.log 2>&1 || (cat $(VENV)/setup.log; false)
 	@touch $@
 
 setup: $(STAMP)
@@ -28,7 +29,7 @@ check: $(STAMP)
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy
-	@$(BIN)/lint-imports
+	@$(BIN)/lint-imports --no-cache >$(VENV)/imports.log 2>&1 || (cat $(VENV)/imports.log; false)
 	@$(BIN)/codespell
 
 bench: $(STAMP)

@@ -67,14 +67,18 @@ class Deferral:
 
     def ready(self) -> Iterator[tuple[int, int, dict[str, Any], dict[str, str]]]:
         """(step, wall_ns, values, bad) of each call whose values are here; `bad` says why not."""
-        done, waiting = [], []
+        done: list[tuple[Any, str]] = []
+        waiting: list[Any] = []
         with self._lock:
             for call in self._calls:
                 try:
-                    (done if call[4]() else waiting).append((call, ""))
+                    if call[4]():
+                        done.append((call, ""))
+                    else:
+                        waiting.append(call)
                 except Exception as error:  # the device has failed: its values will never come
                     done.append((call, str(error) or type(error).__name__))
-            self._calls[:] = [call for call, _ in waiting]
+            self._calls[:] = waiting
         for (step, wall_ns, good, keys, _, values), failure in done:
             result, bad = dict(good), dict.fromkeys(keys, failure) if failure else {}
             for key, host in () if failure else zip(keys, values(), strict=True):

@@ -31,7 +31,6 @@ _CommandError: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="rankgate",
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="One loss-free log from every rank of a training job; this looks at it, serves it and "

@@ -12,7 +12,7 @@ import typer
 from ..errors import BadConfig, UnknownRun
 from ..series.reader import Reader
 from ..view import export
-from ..view.finding import find_run, reading
+from ..view.finding import check_whole, find_run, reading
 from ..view.points import REDUCTIONS, Answer, lives_of, matching_keys, query_key
 from .options import DEFAULT_DIR, Dir, Json, Ranks, RunName, ranks_of, steps_of, write
 
@@ -71,6 +71,7 @@ def command(
                 yield query_key(reader, lives, name, chosen, span, attempts == "all", reduce)
 
         _write(format_, answers(), output)
+    check_whole(run_dir)
 
 
 def _check(format_: str, attempts: str, reduce: str, output: Path | None) -> None:

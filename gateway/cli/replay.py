@@ -16,12 +16,13 @@ from rank_client.rendezvous import LOCK_RULES, clean_environment, gateway_comman
 
 from .. import app
 from ..config import load
-from ..errors import Busy, Damaged, RankgateError, UnknownRun
+from ..errors import Busy, RankgateError
 from ..rules.follow import rebuild
 from ..series.reader import Reader
 from ..sinks.loop import ENDED
 from ..sinks.process import BUSY, OFF
 from ..sinks.store import read_view
+from ..view.finding import check_whole, find_run
 
 
 def command(
@@ -42,9 +43,7 @@ def command(
     rankgate replay 7f3a --to neptune=offline
     """
     root = directory.absolute()
-    run_dir = root / "runs" / run
-    if not (run_dir / "journal").is_dir():
-        raise UnknownRun(f"no run {run} in {root}. See: rankgate runs --dir {directory}")
+    run_dir = find_run(root, run)
     path = config or root / "gateway.toml"
     settings = load(path if config or path.exists() else None, (to,))
     name = to.partition("=")[0]
@@ -68,19 +67,8 @@ def command(
         process.wait()
         raise
     _tell(run_dir, name, code, as_json)
-    with Reader(run_dir) as reader:
-        damage = reader.about().damage
-    if damage:
-        raise damaged(run_dir, damage)
+    check_whole(run_dir)
     raise typer.Exit(0 if code == 0 else 1)
-
-
-def damaged(run_dir: Path, damage: tuple[str, ...]) -> Damaged:
-    return Damaged(
-        f"the journal of run {run_dir.name} is damaged: {'; '.join(damage)} (in {run_dir}). All "
-        "that can be read is kept and was used. If there is a copy of that file, put it back, "
-        "delete series.db beside it, and run the command again"
-    )
 
 
 def _bring_up_to_date(root: Path, run_dir: Path) -> None:

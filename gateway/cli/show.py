@@ -9,7 +9,7 @@ import typer
 
 from ..errors import UnknownRun
 from ..view.export import json_text
-from ..view.finding import find_run
+from ..view.finding import check_whole, find_run
 from ..view.lines import console, width_of
 from ..view.queries import shown
 from ..view.terminal import show_lines
@@ -40,12 +40,14 @@ def command(
     accounting and sinks), attempt, step, keys (key, step, ranks, expected, mean, min, min_rank,
     max, max_rank, same, values, spark, not_finite), all_keys, summary.
     """
-    found = shown(find_run(directory, run), time.time_ns(), spool(), keys or ["*"])
+    run_dir = find_run(directory, run)
+    found = shown(run_dir, time.time_ns(), spool(), keys or ["*"])
     if keys and not found.keys:
         raise UnknownRun(f"Run {found.view.name} has no key that matches {' '.join(keys)!r}.")
     if as_json:
         write(json_text(found) + "\n")
-        return
-    out = console()
-    for line in show_lines(found, width_of(out)):
-        out.print(line)
+    else:
+        out = console()
+        for line in show_lines(found, width_of(out)):
+            out.print(line)
+    check_whole(run_dir)

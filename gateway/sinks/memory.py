@@ -14,7 +14,7 @@ class MemorySink:
         self.stop_asked = ""
         self.run: RunInfo | None = None
         self.received: list[Item] = []
-        self.agains: list[bool] = []
+        self.again: list[bool] = []
         self.closed: list[tuple[str, str]] = []
         self.faults: list[Exception] = []
 
@@ -25,7 +25,7 @@ class MemorySink:
         if self.faults:
             raise self.faults.pop(0)
         self.received += batch
-        self.agains.append(again)
+        self.again.append(again)
         return Sent(delivered=sum(item.items for item in batch))
 
     def close(self, state: str, reason: str) -> Sent:

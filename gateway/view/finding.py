@@ -109,6 +109,18 @@ def _unreadable(run_dir: Path, error: Exception) -> RankgateError:
     )
 
 
+def check_whole(run_dir: Path) -> None:
+    """Called when a command has shown what can be read. Raises Damaged if that is not all."""
+    with reading(run_dir) as reader:
+        damage = reader.about().damage
+    if damage:
+        raise Damaged(
+            f"The journal of run {run_dir.name} is damaged: {'; '.join(damage)} (in {run_dir}). "
+            "What can be read is kept and was used. If there is a copy of that file, put it back, "
+            f"delete the series (rm {run_dir}/series.db*), and a gateway builds it again."
+        )
+
+
 def _not_built(run_dir: Path) -> RankgateError:
     """There is a journal and no series: for want of a gateway, or of a readable journal."""
     journal = run_dir / "journal"

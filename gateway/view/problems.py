@@ -15,8 +15,8 @@ GOES_ON_NS = 5 * 10**9  #: logged so long after another was last heard: not wait
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """`kind`: failed | silent | dead | missing | lost | memory | values | quarantine | unordered;
-    rank and node where it is one rank's."""
+    """`kind`: failed | silent | dead | missing | lost | damaged | memory | values | quarantine |
+    unordered; rank and node where it is one rank's."""
 
     kind: str
     text: str
@@ -59,7 +59,7 @@ def find_problems(
     quarantine: Sequence[tuple[int, int | None, int, int, str]],
 ) -> tuple[Problem, ...]:
     """Every problem, worst first, but for records that are `unreachable`."""
-    out = [*_failures(about, ranks)]
+    out = [*_failures(about, ranks), *_damage(about)]
     out += _silences(ranks) if about.state == "running" else _gone(about, ranks)
     out += _missing(ranks) if about.state in ("running", "lost") else ()
     out += _losses(streams, losses)
@@ -70,6 +70,12 @@ def find_problems(
         text = f"{plural(unordered, 'stream')} of an unknown launch kept, not in the values shown"
         out.append(Problem("unordered", f"{text} (see query --attempts all)"))
     return tuple(out)
+
+
+def _damage(about: About) -> Iterable[Problem]:
+    if about.damage:
+        where = "; ".join(about.damage)
+        yield Problem("damaged", f"the journal is damaged: {where}; the good part is shown")
 
 
 def name_of(rank: Rank) -> str:

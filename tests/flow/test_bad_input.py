@@ -110,6 +110,10 @@ def test_damaged_journal(tmp_path: Path) -> None:
         assert 100 < kept < 400
         assert kept + lost + unknown == 400
         job.assert_accounted()
+        for words in (("query", "r1", "train/loss"), ("show", "r1")):
+            result = job.cli(*words)
+            assert_paragraph(result, "journal of run r1 is damaged", "not readable")
+            assert "train/loss" in result[1]
 
 
 def test_a_sink_whose_package_is_missing(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ class Life:
         self.rows: dict[int, tuple[int, dict[str, Any]]] = {}
         self.media: list[int] = []
         self._schemas: dict[tuple[tuple[str, str], ...], Schema] = {}
+        self._told: dict[tuple[tuple[str, str], ...], int] = {}  # in the frame from this number on
         self._records: list[bytes] = []
         self._first = 1
         run.journal.streams[self.id] = Mark()
@@ -43,7 +45,9 @@ class Life:
         if schema is None:
             keys, types = zip(*columns, strict=True)
             schema = self._schemas[columns] = Schema(len(self._schemas), keys, types)
+        if columns not in self._told:
             self._records.append(schema.pack(self.last + 1))
+            self._told[columns] = self._first
         codes = "".join(COLUMN_CODES[t] for t in schema.types)
         body = ROW_HEAD.pack(step, self.run.now, 0) + struct.pack(f"<{codes}", *values.values())
         self.rows[self.last + 1] = (step, values)
@@ -104,6 +108,43 @@ class Life:
         self._records.append(record)
         return self
 
+    # --- for lists of actions --------------------------------------------------------------------
+
+    def summary(self, values: dict[str, Any]) -> Life:
+        return self.params(values, Kind.SUMMARY)
+
+    def some_file_arrived(self, n: int) -> None:
+        if self.media:
+            self.arrived(self.media[n % len(self.media)])
+
+    def some_file_lost(self, n: int) -> None:
+        if self.media:
+            self.lose(0, "media lost", media=self.media[n % len(self.media)])
+
+    def a_later_file_arrived(self, n: int) -> None:
+        self.arrived(self.last + 1 + n)
+
+    def junk(self, body: bytes) -> None:
+        self.record(pack(Kind.TEXT, self.last + 1, body))
+
+    def unknown_kind(self, kind: int) -> None:
+        self.map(kind, {"x": 1})
+
+    def corrupt(self, at: int) -> None:
+        self.flush(corrupt=at)
+
+    def quiet(self) -> None:
+        self.run.tick(quiet=[self])
+
+    def back(self) -> None:
+        self.run.tick(back=[self], dup=3)
+
+    def again(self, rank: int) -> None:
+        """Some other life of the run begins."""
+        self.run.life(rank, world_size=2, restart=len(self.run.lives) % 3)
+
+    # --- to the journal --------------------------------------------------------------------------
+
     def flush(self, corrupt: int = -1) -> Life:
         """Everything since the last frame as one frame. With `corrupt`, a byte of its records is
         changed before the frame's checksum is made: as by a rank with bad memory."""
@@ -114,7 +155,7 @@ class Life:
                 records[corrupt % len(records)] ^= 0x20
                 for number in range(self._first, self.last + 1):
                     self.rows.pop(number, None)
-                self._schemas.clear()
+                self._told = {c: at for c, at in self._told.items() if at < self._first}
             frame = frames.data(1, self.id, self._first, n, bytes(records))
             self.run.journal.append_batch(self.run.now, frame)
             self._records, self._first = [], self.last + 1
@@ -158,7 +199,7 @@ class Run:
 def project(directory: Path, entries: list[Entry], cuts: Iterable[int] = ()) -> None:
     """Make series.db of entries, a new process for each fetch: cut before these indexes."""
     bounds = sorted({0, *cuts, len(entries)})
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         series = Series(directory / "series.db", UUID)
         assert series.cursor == (entries[start - 1].seq if start else 0)
         series.apply(series.projection.take(entries[start:end]))
