@@ -44,7 +44,7 @@ class JournalReader:
         self._index = 0
         self._at = 0
         self._fd = -1
-        self._hopeless = (0, 0)  # (from, size) of a file whose rest is not readable yet
+        self._nothing = (-1, 0)  # (place, file size) where nothing was to be read
 
     def uuid(self) -> bytes | None:
         """The journal's name, None when there is no journal (yet)."""
@@ -93,11 +93,12 @@ class JournalReader:
         self.close()
         self._fd = self._disk.open_read(segment_path(self.directory, index))
         self._index, self._at = index, 0
-        self._hopeless = (0, 0)
+        self._nothing = (-1, 0)
 
     def _read_here(self, max_bytes: int, sealed: bool) -> list[Entry]:
-        size = self._disk.size(self._fd) - self._at
-        if size <= 0:
+        at, end = self._at, self._disk.size(self._fd)
+        size = end - at
+        if size <= 0 or (self._nothing == (at, end) and not sealed):
             return []
         buf = self._disk.pread(self._fd, min(size, max_bytes), self._at)
         entries, good, bad = self._parse(buf, len(buf) == size, sealed)
@@ -105,7 +106,9 @@ class JournalReader:
         if not entries and not bad and len(buf) < size:
             return self._read_here(max_bytes if good else max_bytes * 2, sealed)
         if bad and not entries:
-            return self._skip_damage(sealed)
+            entries = self._skip_damage(sealed)
+        if self._at == at:
+            self._nothing = (at, end)
         return entries
 
     def _parse(self, buf: bytes, whole: bool, sealed: bool) -> tuple[list[Entry], int, bool]:
@@ -133,15 +136,12 @@ class JournalReader:
     def _skip_damage(self, sealed: bool) -> list[Entry]:
         """Step over a record that will never be whole: one that is only being written has no
         mark after it. What stands after it and is committed still counts."""
-        base, size = self._at, self._disk.size(self._fd)
-        if self._hopeless == (base, size):
-            return []
-        buf = self._disk.pread(self._fd, size - base, base)
+        base = self._at
+        buf = self._disk.pread(self._fd, self._disk.size(self._fd) - base, base)
         found = scan(buf, JOURNAL_KINDS)
         marks = [h.at + h.size for h in found.heads if h.kind == Kind.MARK]
         good = len(buf) if sealed else max(marks, default=0)
         if good == 0:
-            self._hopeless = (base, size)
             return []
         name = f"journal/{self._index:08d}.log"
         for start, end in found.damage:

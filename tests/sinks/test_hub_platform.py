@@ -490,7 +490,7 @@ def test_a_stop_over_there_is_noticed(server: PlatformServer, memory: MemoryDict
     """`cancelled` in an answer is kept for whoever may stop the training."""
     sink = opened(memory)
     sink.send([params(1, a=1)], again=False)
-    assert sink.stop_asked is None
+    assert sink.stop_asked == ""
     server.cancel(server.only(), "stopped by owner")
     sink.send([rows(2, epoch=0)], again=False)
     assert sink.stop_asked == "stopped by owner"

@@ -156,7 +156,7 @@ def test_a_hopeless_tail_is_not_read_again_and_again() -> None:
         batch(journal, A)
     journal.commit()
     journal.mark()
-    disk.files["j/00000001.log"] += b"\x01" * 40
+    disk.files["j/00000001.log"] += b"\x01" * 4000
     reads: list[int] = []
     pread = disk.pread
 

@@ -124,6 +124,10 @@ class Life:
     def a_later_file_arrived(self, n: int) -> None:
         self.arrived(self.last + 1 + n)
 
+    def tell_again(self) -> None:
+        """As at the start of a segment, schemas are told once more before they are used."""
+        self._told.clear()
+
     def junk(self, body: bytes) -> None:
         self.record(pack(Kind.TEXT, self.last + 1, body))
 
@@ -145,13 +149,13 @@ class Life:
 
     # --- to the journal --------------------------------------------------------------------------
 
-    def flush(self, corrupt: int = -1) -> Life:
+    def flush(self, corrupt: int | None = None) -> Life:
         """Everything since the last frame as one frame. With `corrupt`, a byte of its records is
         changed before the frame's checksum is made: as by a rank with bad memory."""
         n = self.last - self._first + 1
         if n:
             records = bytearray(b"".join(self._records))
-            if corrupt >= 0:
+            if corrupt is not None:
                 records[corrupt % len(records)] ^= 0x20
                 for number in range(self._first, self.last + 1):
                     self.rows.pop(number, None)
