@@ -84,12 +84,21 @@ def make_data_dir(root: Path) -> None:
 
 
 def serve(
-    root: Path, config: Config, insecure: bool, forever: bool, ready: Callable[[list[str]], None]
+    root: Path,
+    config: Config,
+    insecure: bool,
+    forever: bool,
+    ready: Callable[[list[str]], None],
+    elected: Callable[[], None] = lambda: None,
 ) -> int:
-    """Run the gateway of a data directory; the exit code. Raises RankgateError."""
+    """Run the gateway of a data directory; the exit code. Raises RankgateError.
+
+    `elected` is called when the directory is ours, `ready` when ingest answers.
+    """
     make_data_dir(root)
     where = addresses(root, config.gateway.bind, insecure)
     take_lock(root, LOCK_GATEWAY, LOCK_SECONDS)
+    elected()
     supervisor = Supervisor(root, config, where, forever)
     code = supervisor.run(lambda: ready(where))
     if code == BIND_FAILED:
@@ -101,14 +110,40 @@ def serve(
 
 
 def detached(arguments: list[str]) -> int:
-    """`DIR CONFIG [SINK…]`: started by a rank or by `rankgate run`, leaves when all is done."""
+    """`DIR CONFIG [SINK…]`: started by a rank or by `rankgate run`, leaves when all is done.
+
+    The process that was started waits until its child has the directory's lock (exit code 0) or
+    has given up (1): so a training process has no gateway for a child, whose end it would have to
+    notice.
+    """
+    told, tell = os.pipe()
+    if os.fork():
+        os.close(tell)
+        return 0 if os.read(told, 1) else 1
+    os.close(told)
+
+    def elected() -> None:
+        os.write(tell, b"1")
+        os.close(tell)
+
+    return _detached(arguments, elected)
+
+
+def _detached(arguments: list[str], elected: Callable[[], None]) -> int:
     root, config_path, *sinks = arguments
     telemetry.configure()
     os.nice(10)  # training comes first
     try:
         path = Path(config_path) if config_path else Path(root) / "gateway.toml"
         config = load(path if config_path or path.exists() else None, tuple(sinks))
-        return serve(Path(root), config, insecure=False, forever=False, ready=lambda _: None)
+        return serve(
+            Path(root),
+            config,
+            insecure=False,
+            forever=False,
+            ready=lambda _: None,
+            elected=elected,
+        )
     except RankgateError as error:
         log.error("%s", error)
         return error.exit_code

@@ -12,7 +12,6 @@ import os
 import stat
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -101,8 +100,6 @@ def start_gateway(
     fd = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, LOCK_STARTER)
-        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, LOCK_GATEWAY)
-        fcntl.lockf(fd, fcntl.LOCK_UN, 1, LOCK_GATEWAY)
         with (directory / "gateway.log").open("ab") as log:
             process = subprocess.Popen(
                 gateway_command("detached", str(directory), config or configured, *sinks),
@@ -114,22 +111,8 @@ def start_gateway(
                 cwd="/",
                 env=clean_environment(environ),
             )
-        _wait_until_held(process, fd)
-    except BlockingIOError:
+        return process.wait(START_SECONDS) == 0
+    except (BlockingIOError, subprocess.TimeoutExpired):
         return False
     finally:
         os.close(fd)
-    return True
-
-
-def _wait_until_held(process: subprocess.Popen[bytes], fd: int) -> None:
-    """Hold the election until the gateway has its own lock or is gone; at most 10 s."""
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.05)
-        try:
-            # The gateway tries for longer than this instant takes.
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, LOCK_GATEWAY)
-        except OSError:
-            return
-        fcntl.lockf(fd, fcntl.LOCK_UN, 1, LOCK_GATEWAY)

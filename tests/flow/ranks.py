@@ -1,7 +1,7 @@
 """A rank without torch: logs, writes down what `log` returned for, and ends as it is told.
 
 Usage: python ranks.py TRUTH_DIR STEPS END [PAUSE_SECONDS]
-END: finish | exit | os_exit | raise | kill | hang | checkpoint
+END: finish | exit | os_exit | raise | kill | hang | stop | checkpoint
 The truth file gets a line after each call has returned: what is in it must arrive.
 """
 
@@ -46,6 +46,11 @@ def main() -> None:
             os._exit(7)
         elif end == "raise":
             raise RuntimeError("the loss exploded")
+        elif end == "stop":
+            Path(truth_dir / f"{run.rank}.ready").touch()
+            while not run.should_stop():
+                time.sleep(0.01)
+            run.finish()
         elif end == "hang":
             Path(truth_dir / f"{run.rank}.ready").touch()
             time.sleep(600)

@@ -148,6 +148,31 @@ def test_a_resumed_run_is_a_second_generation(tmp_path: Path) -> None:
             assert reader.about().state == "completed"
 
 
+def test_a_wish_to_stop_reaches_every_rank(tmp_path: Path) -> None:
+    """A request left in the run's folder makes `should_stop` true on all ranks."""
+    with Job(tmp_path) as job:
+        for rank in range(2):
+            job.rank(rank, 2, 5, "stop")
+        wait_until(lambda: all((job.truth_dir / f"{r}.ready").exists() for r in range(2)))
+        wait_until(lambda: (job.data / "runs/r1/journal").is_dir(), what="the run is there")
+        requests = job.data / "runs/r1/requests"
+        requests.mkdir()
+        (requests / "stop").write_text("enough")
+        finish(job, 2)
+        job.drain()
+        job.assert_all_there()
+
+
+def test_a_rank_leaves_no_child_behind(tmp_path: Path) -> None:
+    """The gateway a rank starts is not its child: nobody has to wait for it."""
+    with Job(tmp_path) as job:
+        process = job.rank(0, 1, 5, "hang")
+        wait_until(lambda: job.gateway_pids(), what="a gateway")
+        wait_until(lambda: (job.truth_dir / "0.ready").exists(), what="the rank hangs")
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        wait_until(lambda: not children.read_text().strip(), what="no child")
+
+
 def test_a_100_mb_checkpoint(tmp_path: Path) -> None:
     """A checkpoint of 100 MB arrives whole, under its checksum, and delays no metric."""
     import hashlib
