@@ -14,35 +14,29 @@ from rank_client import sweep
 from rank_client.spool import spool_root
 
 from .. import attach
-from ..config import load
 from ..errors import NotServed
+from .options import DEFAULT_DIR, ConfigFile, Dir, Json, Sinks, settings_of
 
 
 def command(
-    directory: Annotated[
-        Path, typer.Option("--dir", envvar="RANKGATE_DIR", help="Data directory.")
-    ] = Path(".rankgate"),
-    config: Annotated[
-        Path | None, typer.Option(envvar="RANKGATE_CONFIG", help="Gateway config (TOML).")
-    ] = None,
-    sink: Annotated[
-        list[str] | None, typer.Option(help="Turn a sink on: NAME, or NAME=offline. Repeatable.")
-    ] = None,
+    directory: Dir = DEFAULT_DIR,
+    config: ConfigFile = None,
+    sink: Sinks = None,
     seconds: Annotated[float, typer.Option(help="Wait at most this long.")] = 600.0,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Ship what dead processes left in this node's spool, and deliver everything.
 
     Starts a gateway if none runs. Exit code 0 when all is delivered, 1 when time was out.
 
     \b
-    rankgate drain
-    rankgate drain --dir /data/logs --sink clearml
+    Examples:
+      rankgate drain
+      rankgate drain --dir /data/logs --sink clearml
     """
     root = directory.absolute()
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    path = config or root / "gateway.toml"
-    load(path if config or path.exists() else None, tuple(sink or ()))
+    settings_of(root, config, tuple(sink or ()))
     deadline = time.monotonic() + seconds
     with attach.hold(root):
         attach.ensure(root, os.environ, str(config.absolute()) if config else "", tuple(sink or ()))

@@ -11,6 +11,7 @@ import typer
 
 from rank_client.spool import spool_root
 
+from ..config import Config, load
 from ..errors import BadConfig
 
 Dir = Annotated[
@@ -29,7 +30,24 @@ Ranks = Annotated[
     typer.Option("--rank", help="Ranks: 0,3 or 0:8 (0 to 7) or all.", metavar="RANKS"),
 ]
 
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", envvar="RANKGATE_CONFIG", help="Gateway config (TOML).", show_envvar=True
+    ),
+]
+Sinks = Annotated[
+    list[str] | None,
+    typer.Option("--sink", help="Turn a sink on: NAME, or NAME=offline. Repeatable."),
+]
+
 DEFAULT_DIR = Path(".rankgate")
+
+
+def settings_of(root: Path, config: Path | None, sinks: tuple[str, ...]) -> Config:
+    """The config a gateway of this directory would have. Raises BadConfig."""
+    path = config or root / "gateway.toml"
+    return load(path if config or path.exists() else None, sinks)
 
 
 def ranks_of(text: str) -> frozenset[int] | None:

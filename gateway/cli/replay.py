@@ -15,7 +15,6 @@ import typer
 from rank_client.rendezvous import LOCK_RULES, clean_environment, gateway_command, locked
 
 from .. import app
-from ..config import load
 from ..errors import Busy, RankgateError
 from ..rules.follow import rebuild
 from ..series.reader import Reader
@@ -23,29 +22,26 @@ from ..sinks.loop import ENDED
 from ..sinks.process import BUSY, OFF
 from ..sinks.store import read_view
 from ..view.finding import check_whole, find_run
+from .options import DEFAULT_DIR, ConfigFile, Dir, Json, settings_of
 
 
 def command(
     run: Annotated[str, typer.Argument(help="Run id.")],
     to: Annotated[str, typer.Option(help="Sink: NAME, or NAME=offline for an export.")],
-    directory: Annotated[
-        Path, typer.Option("--dir", envvar="RANKGATE_DIR", help="Data directory.")
-    ] = Path(".rankgate"),
-    config: Annotated[
-        Path | None, typer.Option(envvar="RANKGATE_CONFIG", help="Gateway config (TOML).")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    directory: Dir = DEFAULT_DIR,
+    config: ConfigFile = None,
+    as_json: Json = False,
 ) -> None:
     """Deliver a run that has ended to a sink: what is there already is not sent twice.
 
     \b
-    rankgate replay 7f3a --to clearml
-    rankgate replay 7f3a --to neptune=offline
+    Examples:
+      rankgate replay 7f3a --to clearml
+      rankgate replay 7f3a --to neptune=offline
     """
     root = directory.absolute()
     run_dir = find_run(root, run)
-    path = config or root / "gateway.toml"
-    settings = load(path if config or path.exists() else None, (to,))
+    settings = settings_of(root, config, (to,))
     name = to.partition("=")[0]
     sink = settings.sinks[name]
     _bring_up_to_date(root, run_dir)

@@ -18,12 +18,15 @@ from rank_client.spool import spool_root
 from rank_client.tool import tell_exit
 
 from .. import attach
-from ..config import Config, load
+from ..config import Config
 from ..errors import RankgateError
 from ..supervise import read_json
 from ..view.queries import shown
 from ..view.summary import summary_lines
+from .options import DEFAULT_DIR, ConfigFile, Dir, Sinks, settings_of
 
+#: what follows the command's name is its own, with or without `--` before it
+CONTEXT_SETTINGS = {"allow_interspersed_args": False}
 PROGRESS_SECONDS = 5.0
 SETTLE_SECONDS = 10.0
 FROM_TERMINAL = 0x80  #: si_code SI_KERNEL: the terminal sent it to the whole group, us included
@@ -41,15 +44,9 @@ def command(
     words: Annotated[
         list[str], typer.Argument(metavar="-- COMMAND…", help="What to run, as you would type it.")
     ],
-    directory: Annotated[
-        Path, typer.Option("--dir", envvar="RANKGATE_DIR", help="Data directory.")
-    ] = Path(".rankgate"),
-    config: Annotated[
-        Path | None, typer.Option(envvar="RANKGATE_CONFIG", help="Gateway config (TOML).")
-    ] = None,
-    sink: Annotated[
-        list[str] | None, typer.Option(help="Turn a sink on: NAME, or NAME=offline. Repeatable.")
-    ] = None,
+    directory: Dir = DEFAULT_DIR,
+    config: ConfigFile = None,
+    sink: Sinks = None,
     run: Annotated[
         str | None, typer.Option(envvar="RANKGATE_RUN", help="Run id; a new one by default.")
     ] = None,
@@ -62,8 +59,9 @@ def command(
     When the gateway cannot start, the command runs all the same and its logs wait in the spool.
 
     \b
-    rankgate run -- torchrun --standalone --nproc-per-node 4 train.py
-    rankgate run --sink clearml --sink neptune=offline -- python train.py
+    Examples:
+      rankgate run -- torchrun --standalone --nproc-per-node 4 train.py
+      rankgate run --sink clearml --sink neptune=offline -- python train.py
     """
     root = directory.absolute()
     launch = Launch(root, run or secrets.token_hex(4), secrets.token_hex(8), quiet)
@@ -97,9 +95,8 @@ class Launch:
 
     def prepare(self, config: Path | None, sinks: tuple[str, ...]) -> Config | None:
         """Start a gateway; None (said loudly) when there cannot be one. Training goes on."""
-        path = config or self.root / "gateway.toml"
         try:
-            settings = load(path if config or path.exists() else None, sinks)
+            settings = settings_of(self.root, config, sinks)
             if not self.joined:
                 attach.ensure(
                     self.root, self.environ, str(config.absolute()) if config else "", sinks

@@ -8,22 +8,17 @@ from typing import Annotated
 import typer
 
 from .. import app, telemetry
-from ..config import Config, GatewayConfig, load
+from ..config import Config, GatewayConfig
+from .options import DEFAULT_DIR, ConfigFile, Dir, Sinks, settings_of
 
 
 def command(
-    directory: Annotated[
-        Path, typer.Option("--dir", envvar="RANKGATE_DIR", help="Data directory.")
-    ] = Path(".rankgate"),
+    directory: Dir = DEFAULT_DIR,
     bind: Annotated[
         str | None, typer.Option(help='Also listen here: "tcp://ADDRESS:PORT".')
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option(envvar="RANKGATE_CONFIG", help="Gateway config (TOML).")
-    ] = None,
-    sink: Annotated[
-        list[str] | None, typer.Option(help="Turn a sink on: NAME, or NAME=offline. Repeatable.")
-    ] = None,
+    config: ConfigFile = None,
+    sink: Sinks = None,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Allow an unencrypted tcp bind beyond this machine.")
     ] = False,
@@ -31,12 +26,12 @@ def command(
     """Run the gateway in the foreground, until Ctrl-C or SIGTERM.
 
     \b
-    rankgate serve
-    rankgate serve --dir /data/logs --bind tcp://127.0.0.1:5717 --sink clearml
+    Examples:
+      rankgate serve
+      rankgate serve --dir /data/logs --bind tcp://127.0.0.1:5717 --sink clearml
     """
     root = directory.absolute()
-    path = config or root / "gateway.toml"
-    settings = load(path if config or path.exists() else None, tuple(sink or ()))
+    settings = settings_of(root, config, tuple(sink or ()))
     if bind:
         settings = with_bind(settings, bind)
     telemetry.configure()
