@@ -90,15 +90,25 @@ class Rows:
         with spool.lock:
             if spool.owed:
                 spool.tell_losses()
-            try:
-                packer.into(
-                    buf, 4, packer.size, spool.last + 1, _ROW, 0, packer.id, 0,
-                    step, wall_ns, monotonic_ns(), *v,
-                )  # fmt: skip
-            except (struct.error, OverflowError):
-                return False
-            _CRC(buf, 0, crc32(packer.tail))
-            if spool.append(buf, packer.before) and packer.before:
+            while True:
+                turn = spool.begin()
+                try:
+                    packer.into(
+                        buf, 4, packer.size, spool.last + 1, _ROW, 0, packer.id, 0,
+                        step, wall_ns, monotonic_ns(), *v,
+                    )  # fmt: skip
+                    _CRC(buf, 0, crc32(packer.tail))
+                    before = packer.before
+                    done = spool.append(turn, buf, before)
+                except (struct.error, OverflowError):
+                    spool.abandon(turn)
+                    return False
+                except BaseException:  # a signal handler's, as Ctrl-C
+                    spool.abandon(turn)
+                    raise
+                if done is not None:
+                    break
+            if done and before:
                 packer.before = b""
         self.last_step = step
         self.last_log_ns = wall_ns

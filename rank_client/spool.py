@@ -32,8 +32,13 @@ from .wire.segments import SPOOL_SEGMENT_BYTES, SegmentLog, segment_path
 
 MARK_BYTES = 32 << 10  #: a place to cut a frame, so that the sender never parses records
 RING_BYTES = 16 << 20
+LOSS_BYTES = 1024  #: of a LOSS record, at most
 SPOOL_KEEP_BYTES = 256 << 20  #: kept after acknowledgement, for a gateway that lost its journal
 COUNTS = struct.Struct("<QQ")  # refused calls, bad values
+
+
+class TooLargeError(Exception):
+    """A record beyond what a frame may hold."""
 
 
 class _Segment:
@@ -78,14 +83,18 @@ class Spool:
         self._keep_bytes = keep_bytes
         self.owed: dict[str, int] = {}  # refusals no LOSS record tells of yet
         self._segments: list[_Segment] = []
-        self._ring: deque[tuple[int, bytes]] = deque()
-        self._ring_bytes = 0
+        #: (number, record, where it ends in all the bytes ever put in)
+        self._ring: deque[tuple[int, bytes, int]] = deque()
         self._retired: list[int] = []  # fds the sender syncs and closes
         self._lock_fd = -1
         self._counts_fd = -1
         self._log = SegmentLog(self._disk, directory or "", self._opening, segment_bytes)
         self._log_end: tuple[_Segment, int, int] | None = None  # one tuple: no torn view
         self._marked = 0
+        self._open_appends = 0  # begun and not ended: by handlers within one another, or broken off
+        self._turn = 0
+        self._ended = 0  # the turn that was committed last
+        self._rolling = False
         self._schema_bytes = 0
         self._gone = 0  # the highest number that was only ever in memory, and is forgotten
         self._unsynced = False
@@ -120,58 +129,136 @@ class Spool:
         return [pack_map(Kind.HEAD, seq, self._head), *(s.pack(seq) for s in self.schemas)]
 
     def _roll(self) -> None:
-        index = self._log.index + 1
-        before = self._log.start(index)
+        """Go on in a new segment. Raises OSError, and then the old one goes on."""
+        self._rolling = True
+        self._open_appends += 1
+        try:
+            before = self._log.start(self._log.index + 1)
+        except BaseException:
+            self._open_appends -= 1
+            self._rolling = False
+            raise
         if before >= 0:
             self._retired.append(before)
-        if self._segments:
-            self._segments[-1].end = self._log_end[1:] if self._log_end else None
-        opening = sum(len(r) for r in self._opening()[:1])
-        path = segment_path(self.directory or "", index)
-        segment = _Segment(index, path, self.last + 1, opening)
-        self._segments.append(segment)
-        self._marked = self._log.size
-        self._log_end = (segment, self.last + 1, self._log.size)
-        self._unsynced = True
+        self._adopt()
+        self._open_appends -= 1
+        self._rolling = False
 
-    def append(self, record: bytes | bytearray, before: bytes = b"") -> bool:
+    def _adopt(self) -> None:
+        """Make the file the log has begun the newest segment, unless it is."""
+        log, newest = self._log, self._log_end
+        if newest is not None and newest[0].index == log.index:
+            return
+        opening = len(self._opening()[0])
+        path = segment_path(self.directory or "", log.index)
+        segment = _Segment(log.index, path, self.last + 1, opening)
+        if newest is not None:
+            newest[0].end = newest[1:]
+        self._segments.append(segment)
+        self._unsynced = True
+        self._marked = log.size
+        self._log_end = (segment, self.last + 1, log.size)
+
+    def begin(self) -> int:
+        """Begin an append, with the number `last + 1`; the caller holds `lock`. The turn it gives
+        belongs to `append`.
+
+        A signal handler may raise, or log itself, in the middle of an append. What that one left
+        behind is cut off here, and should it go on, it finds its turn over.
+        """
+        if self._open_appends:
+            self._cut_back()
+        self._open_appends += 1
+        self._turn += 1
+        return self._turn
+
+    def abandon(self, turn: int) -> None:
+        """The append of this turn ends with an exception; it may have got as far as its commit."""
+        self._cut_back()
+        if self._ended != turn and self._open_appends:
+            self._open_appends -= 1
+
+    def _cut_back(self) -> None:
+        """Back to what is counted: nothing after it belongs to a call that returned."""
+        while self._ring and self._ring[-1][0] > self.last:
+            self._ring.pop()
+        if self._log.fd < 0 or self.volatile:
+            return
+        if self._log_end is not None and self._log_end[0].index != self._log.index:
+            self._adopt()
+        if self._log_end is not None:
+            # Both before the call: a handler that logs after it must not be undone.
+            self._log.size = self._log_end[2]
+            self._disk.truncate(self._log.fd, self._log_end[2])
+
+    def append(self, turn: int, record: bytes | bytearray, before: bytes = b"") -> bool | None:
         """Write the record numbered `last + 1`, after the unnumbered records `before`.
 
-        The caller holds `lock` and packed that number. False: refused (and counted).
+        The caller holds `lock`, and packed after `begin`. False: refused (and counted). None: a
+        signal handler has logged meanwhile: begin again, with another number.
         """
         if self.volatile:
-            return self._append_ring(before + bytes(record))
+            return self._append_ring(turn, before + bytes(record))
         log = self._log
         try:
             log.append(before + record if before else record)
         except OSError as error:
             self.volatile = f"the spool's disk refuses: {error.strerror or error}"
-            return self._append_ring(before + bytes(record))
-        self.last = number = self.last + 1
-        segment = self._segments[-1]
-        self._log_end = (segment, number + 1, log.size)
+            return self._append_ring(turn, before + bytes(record))
+        # No call from here to the end of the commit: the interpreter runs signal handlers at
+        # calls and loops only, so none comes in between.
+        if turn == self._turn:
+            segment, number, _ = self._log_end  # type: ignore[misc]
+            self.last = number
+            self._log_end = (segment, number + 1, log.size)
+            self._ended = turn
+            self._open_appends -= 1
+        else:
+            self._cut_back()
+            self._open_appends -= 1
+            return None
         if log.size - self._marked >= MARK_BYTES:
-            segment.marks.append((number + 1, log.size))
-            self._marked = log.size
-            self._unsynced = True
-            if log.full:
-                try:
-                    self._roll()
-                except OSError:
-                    pass  # goes on in the old segment; the next full mark tries again
+            self._mark(segment, number + 1)
         return True
+
+    def _mark(self, segment: _Segment, number: int) -> None:
+        """Note where a frame may be cut; roll when the segment is full."""
+        log = self._log
+        if self._log_end is not None and self._log_end[:2] == (segment, number):
+            segment.marks.append((number, self._log_end[2]))
+        self._marked = log.size
+        self._unsynced = True
+        if log.full and not self._rolling:
+            try:
+                self._roll()
+            except OSError:
+                pass  # goes on in the old segment; the next full mark tries again
 
     def append_map(self, kind: Kind, body: dict[str, Any]) -> int:
         """Number and write a record whose body is a map; its number, 0 when refused."""
         with self.lock:
             if self.owed:
                 self.tell_losses()
-            number = self.last + 1
-            record = pack_map(kind, number, body)
-            if len(record) > MAX_EVENT_BYTES:
+            return self._put(kind, body)
+
+    def _put(self, kind: Kind, body: dict[str, Any]) -> int:
+        while True:
+            turn = self.begin()
+            try:
+                number = self.last + 1
+                record = pack_map(kind, number, body)
+                if len(record) > MAX_EVENT_BYTES:
+                    raise TooLargeError
+                done = self.append(turn, record)
+            except TooLargeError:
+                self.abandon(turn)
                 self.refuse("too large")
                 return 0
-            return number if self.append(record) else 0
+            except BaseException:
+                self.abandon(turn)
+                raise
+            if done is not None:
+                return number if done else 0
 
     def add_schema(
         self, keys: tuple[str, ...], types: tuple[str, ...]
@@ -216,20 +303,33 @@ class Spool:
         """Write LOSS records for the refusals since the last; the caller holds `lock`."""
         owed, self.owed = self.owed, {}
         for reason, calls in owed.items():
-            record = pack_map(Kind.LOSS, self.last + 1, {"n": calls, "reason": reason})
-            if self.volatile and self._ring_bytes + len(record) > RING_BYTES:
+            if self.volatile and self._ring_bytes + LOSS_BYTES > RING_BYTES:
                 self.owed[reason] = self.owed.get(reason, 0) + calls  # later, when there is room
             else:
-                self.append(record)
+                self._put(Kind.LOSS, {"n": calls, "reason": reason})
 
-    def _append_ring(self, record: bytes) -> bool:
+    def _append_ring(self, turn: int, record: bytes) -> bool | None:
         if self._ring_bytes + len(record) > RING_BYTES:
+            self.abandon(turn)
             self.refuse("spool unwritable and memory ring full")
             return False
-        self.last += 1
-        self._ring.append((self.last, record))
-        self._ring_bytes += len(record)
-        return True
+        number = self.last + 1
+        before = self._ring[-1][2] if self._ring else 0
+        self._ring.append((number, record, before + len(record)))
+        if turn == self._turn:  # as in `append`: no call from here on
+            self.last = number
+            self._ended = turn
+            self._open_appends -= 1
+            return True
+        self._cut_back()
+        self._open_appends -= 1
+        return None
+
+    @property
+    def _ring_bytes(self) -> int:
+        if not self._ring:
+            return 0
+        return self._ring[-1][2] - self._ring[0][2] + len(self._ring[0][1])
 
     # --- reading: the sender's thread ----------------------------------------
 
@@ -275,7 +375,7 @@ class Spool:
     def _read_ring(self, first: int, max_bytes: int) -> tuple[int, bytes]:
         parts: list[bytes] = []
         size = 0
-        for number, record in self._ring:
+        for number, record, _ in self._ring:
             if number < first:
                 continue
             if parts and size + len(record) > max_bytes:
@@ -341,7 +441,7 @@ class Spool:
         with self.lock:
             if not self.volatile or self.directory is None:
                 return
-            ring, self._ring, size = self._ring, deque(), self._ring_bytes
+            ring, self._ring = self._ring, deque()
             last = self.last
             try:
                 self.last = ring[0][0] - 1 if ring else last
@@ -351,23 +451,22 @@ class Spool:
                     self._roll()
                 marks = self._marks_of(ring)
                 if ring:
-                    self._log.append(b"".join(record for _, record in ring))
+                    self._log.append(b"".join(record for _, record, _ in ring))
             except OSError:
                 self._ring, self.last = ring, last
                 return
             self.last = last
-            self._ring_bytes -= size
             segment = self._segments[-1]
             self._log_end = (segment, last + 1, self._log.size)
             segment.marks += marks
             self._marked = segment.marks[-1][1]
             self.volatile = ""
 
-    def _marks_of(self, ring: deque[tuple[int, bytes]]) -> list[tuple[int, int]]:
+    def _marks_of(self, ring: deque[tuple[int, bytes, int]]) -> list[tuple[int, int]]:
         """Where frames of what is about to be appended may be cut."""
         marks = []
         at = marked = self._log.size
-        for number, record in ring:
+        for number, record, _ in ring:
             if at - marked >= MARK_BYTES:
                 marks.append((number, at))
                 marked = at
@@ -378,8 +477,7 @@ class Spool:
         """Forget acknowledged segments past `keep_bytes`, and acknowledged records in memory."""
         with self.lock:
             while self._ring and self._ring[0][0] <= durable:
-                self._gone, record = self._ring.popleft()
-                self._ring_bytes -= len(record)
+                self._gone = self._ring.popleft()[0]
         kept = self.kept_bytes
         while len(self._segments) > 1 and kept > self._keep_bytes:
             oldest = self._segments[0]

@@ -78,12 +78,16 @@ class SegmentLog:
         half-made file stays behind.
         """
         path = segment_path(self.directory, index)
-        fd = self.disk.create(path)
+        try:
+            fd = self.disk.create(path)
+        except FileExistsError:  # left by a start that a signal handler ended
+            self.disk.unlink(path)
+            fd = self.disk.create(path)
         opening = b"".join(self._head())
         try:
             if self._write(fd, opening) != len(opening):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
-        except OSError:
+        except BaseException:
             self.disk.close(fd)
             self.disk.unlink(path)
             raise
