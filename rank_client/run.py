@@ -303,8 +303,11 @@ class Run:
         self._spool.append_map(Kind.END, end)
         if not self._online:
             deadline = time.monotonic()
-        done = self._sender.finish(deadline, end, ABSENT_SECONDS)
-        files = self._media.wait(deadline if done else time.monotonic(), sent=True)
+        welcomed = self._sender.session.welcomed
+        patience = deadline if welcomed else min(deadline, time.monotonic() + ABSENT_SECONDS)
+        files = self._media.wait(patience, sent=True)
+        # BYE says that nothing more will come of this life, so not while a file is on its way.
+        done = self._sender.finish(deadline, end if files else None, ABSENT_SECONDS)
         self._media.close()
         self._dead = True
         _live.discard(self)

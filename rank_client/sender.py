@@ -78,18 +78,21 @@ class Sender:
 
     # --- called from the training thread -------------------------------------
 
-    def finish(self, deadline: float, end: dict[str, Any], absent_seconds: float) -> bool:
-        """Say BYE once all is acknowledged; False when the deadline came first.
+    def finish(self, deadline: float, end: dict[str, Any] | None, absent_seconds: float) -> bool:
+        """Say BYE once all is acknowledged (`end` None: only wait for that); False when the
+        deadline came first.
 
         A gateway that never answered is waited for `absent_seconds` only: the spool stays.
         """
-        self.session.end(end)
+        if end is not None:
+            self.session.end(end)
         self._closing.set()
         now = time.monotonic()
         absent_deadline = min(deadline, now + absent_seconds)
         while self._thread.is_alive():
             limit = deadline if self.session.welcomed else absent_deadline
-            if time.monotonic() >= limit or self.session.state in ("closed", "rejected"):
+            over = self.session.state in ("closed", "rejected")
+            if time.monotonic() >= limit or over or (end is None and self.session.idle):
                 break
             self._thread.join(0.01)
         self._stop.set()

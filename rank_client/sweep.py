@@ -75,7 +75,9 @@ def find(root: Path, data_dir: Path, has_run: Callable[[str], bool]) -> list[Orp
     """The orphans that are this data directory's: by the run, or by what they themselves say."""
     out: list[Orphan] = []
     for directory in _streams(root):
-        if (directory / "done").exists() or _alive(directory):
+        if (directory / "done").exists() or (directory / "rejected").exists():
+            continue
+        if _alive(directory):
             continue
         hello = read_hello(directory)
         if hello is None:
@@ -196,10 +198,13 @@ def ship(orphan: Orphan, address: str, seconds: float) -> Shipped:
         link = Link(address)
         try:
             session = ClientSession(orphan.stream, lambda: orphan.hello, source, jitter)
-            session.end({"status": "adopted"})
-            _carry(session, link, deadline)
+            carrier = Carrier(session, link)
+            _carry(carrier, deadline, lambda: session.idle)
             shipped.records = session.durable
-            if session.state != "closed":
+            if session.state == "rejected":
+                (orphan.directory / "rejected").write_text(session.reject_reason)
+                shipped.damage.append(f"refused by the gateway: {session.reject_reason}")
+            if not session.idle:
                 return shipped
             for media in orphan.media:
                 path = orphan.directory / "media" / str(media)
@@ -208,6 +213,10 @@ def ship(orphan: Orphan, address: str, seconds: float) -> Shipped:
                     return shipped
                 path.unlink()
                 shipped.files += 1
+            session.end({"status": "adopted"})  # nothing more will come of this life
+            _carry(carrier, deadline, lambda: False)
+            if session.state != "closed":
+                return shipped
             note = f"{(session.journal or b'').hex()} {session.durable}\n"
             (orphan.directory / "done").write_text(note)
             shipped.whole = True
@@ -216,11 +225,13 @@ def ship(orphan: Orphan, address: str, seconds: float) -> Shipped:
     return shipped
 
 
-def _carry(session: ClientSession, link: Link, deadline: float) -> None:
-    carrier = Carrier(session, link)
+def _carry(carrier: Carrier, deadline: float, enough: Callable[[], bool]) -> None:
+    session = carrier.session
     while time.monotonic() < deadline and session.state not in ("closed", "rejected"):
         carrier.step(time.monotonic())
-        link.wait(0.01)
+        if enough():
+            return
+        carrier.link.wait(0.01)
 
 
 def tidy(root: Path, now: float) -> int:

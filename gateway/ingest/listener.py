@@ -23,7 +23,7 @@ from rank_client.wire import frames
 from rank_client.wire.disk import OsDisk
 from rank_client.wire.records import Kind
 
-from ..journal.writer import Journal, JournalDamaged
+from ..journal.writer import Journal, JournalDamaged, SyncFailed
 from ..rules.gate import Gate
 from .peers import Peers, Reply
 
@@ -145,17 +145,16 @@ class Ingest:
         for run, journal in list(self.store.open.items()):
             try:
                 journal.commit()
-            except OSError as error:
+            except (OSError, SyncFailed) as error:
                 self._commit_failed(run, error)
         self._send(self.peers.committed())
         if not self.socket.poll(0):
             for journal in self.store.open.values():
                 _mark(journal)
 
-    def _commit_failed(self, run: str, error: OSError) -> None:
-        """Full: credit 0 until there is room. Anything else: stop, as after a failed fsync the
-        kernel may have dropped the pages, and a second fsync would say all is well."""
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    def _commit_failed(self, run: str, error: Exception) -> None:
+        """Full: credit 0 until there is room. Anything else: stop, and begin again from disk."""
+        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
             log.critical("cannot write the journal of run %s: %s; stopping", run, error)
             raise SystemExit(74)
         log.error("no space for the journal of run %s; ranks keep their logs until there is", run)

@@ -45,6 +45,10 @@ class JournalDamaged(Exception):
     """A journal that cannot be appended to safely; the text says which file and what to do."""
 
 
+class SyncFailed(Exception):
+    """The disk could not say that it has what was written."""
+
+
 @dataclass(slots=True)
 class Mark:
     """How far one stream is stored: the whole of the dedupe state."""
@@ -120,19 +124,27 @@ class Journal:
 
     def commit(self) -> None:
         """Bring everything buffered to the disk. Raises OSError, and then nothing is durable
-        that was not before: the caller must not acknowledge."""
+        that was not before: the caller must not acknowledge. Raises SyncFailed, and then nobody
+        knows: the caller must stop."""
         if not self._pending:
             return
         data = b"".join(self._pending)
         if self._marked_seq < self.durable_seq:
             data = self._mark() + data
         self._log.append(data)
-        self._log.sync()
+        self._sync()
         self._pending.clear()
         self.pending_bytes = 0
         self._marked_seq, self.durable_seq = self.durable_seq, self.seq
         if self._log.full:
             self._roll()
+
+    def _sync(self) -> None:
+        try:
+            self._log.sync()
+        except OSError as error:
+            # The kernel may have dropped the pages; a second fsync would say that all is well.
+            raise SyncFailed(str(error)) from error
 
     def mark(self) -> None:
         """When idle: tell the readers of the last commit, which no next write will tell them."""

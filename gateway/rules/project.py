@@ -41,6 +41,7 @@ ITEM_KINDS = {
     Kind.MEDIA: "media",
 }
 UNREADABLE = "not readable in the journal"
+NEVER_CAME = "media lost (its bytes never came)"
 MAX_REFUSED = 1 << 48  #: calls that one record may tell of
 LOST_AFTER_NS = 60 * 10**9
 QUIET_NS = 15 * 10**9  #: how long a stream was unheard when a tick calls it quiet
@@ -134,6 +135,8 @@ class Projection:
         self.gate = Gate()
         self.counters: dict[str, int] = {}
         self.media_wanted: dict[tuple[int, int], str] = {}  #: (stream, seq) → rule, no blob yet
+        #: (stream, seq) → rule of files given up when their stream ended; they may still come
+        self.media_given_up: dict[tuple[int, int], str] = {}
         #: (stream id, seq) → (sha256, size): files that overtook the record that names them
         self.early_blobs: dict[tuple[bytes, int], tuple[str, int]] = {}
         self.launchers: dict[str, int] = {}  #: launch → exit code of its launcher
@@ -193,6 +196,7 @@ class Projection:
             self._gap(stream, body["from"], body["to"], "numbers its process no longer has")
         elif kind == Kind.BYE:
             stream.bye = True
+            self._give_up_media(stream)
             stream.ended_ns = stream.ended_ns or body["r"]
             if body["final"] > stream.last_seq:
                 # Ingest had them all, so only a damaged journal can lack some.
@@ -237,8 +241,23 @@ class Projection:
             self.early_blobs[body["stream"], media] = told
             return
         rule = self.media_wanted.pop((stream.index, media), None)
+        if rule is None and (stream.index, media) in self.media_given_up:
+            rule = self.media_given_up.pop((stream.index, media))
+            self._count_lost_media(rule, -1)
         if rule is not None:  # else told twice, as a sender may not hear our answer
             self._whole_media(entry, stream, media, rule, told)
+
+    def _give_up_media(self, stream: Stream) -> None:
+        """A stream is over, and with it the files whose bytes have not come."""
+        for key in [k for k in self.media_wanted if k[0] == stream.index]:
+            rule = self.media_given_up[key] = self.media_wanted.pop(key)
+            self._changes.lost_media.append((NEVER_CAME, *key))
+            self._count_lost_media(rule, 1)
+
+    def _count_lost_media(self, rule: str, n: int) -> None:
+        if rule:
+            self._count("passed media", -n)
+            self._count("lost media", n)
 
     def _whole_media(
         self, entry: int, stream: Stream, media: int, rule: str, told: tuple[str, int]
@@ -495,9 +514,7 @@ class Projection:
             wanted = self.media_wanted.pop((stream.index, media), None)
             if wanted is not None:
                 self._changes.lost_media.append((reason, stream.index, media))
-                if wanted:
-                    self._count("passed media", -1)
-                    self._count("lost media")
+                self._count_lost_media(wanted, 1)
         elif head.kind == Kind.END:
             stream.ended_ns = _i64(body.get("w", 0))
             stream.status = str(body.get("status", ""))[:32]

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from rank_client.wire.records import HEADER_BYTES, ROW_HEAD_BYTES
 
 from ..rules.generations import Generations
-from ..rules.project import TAIL_HEAD_COLUMNS, Changes, Layout, Projection, Stream
+from ..rules.project import NEVER_CAME, TAIL_HEAD_COLUMNS, Changes, Layout, Projection, Stream
 from .db import fetch, open_writer
 
 FORMAT = 1
@@ -134,10 +134,12 @@ class Series:
             " VALUES(?,?,?,?,?,?,?,?,?)",
             [(*row[:7], msgpack.packb(row[7]), row[8]) for row in changes.media],
         )
-        db.executemany(
-            "UPDATE media SET sha256 = ?, size = ? WHERE stream = ? AND seq = ?", changes.blobs
-        )
+        # In this order: a file that was given up may come after all, never the other way round.
         db.executemany("UPDATE media SET lost = ? WHERE stream = ? AND seq = ?", changes.lost_media)
+        db.executemany(
+            "UPDATE media SET sha256 = ?, size = ?, lost = NULL WHERE stream = ? AND seq = ?",
+            changes.blobs,
+        )
 
     def _write_about(self, changes: Changes) -> None:
         projection = self.projection
@@ -281,10 +283,13 @@ def load(db: apsw.Connection) -> tuple[Projection, int]:
         columns = tuple(by_id[int(k)] for k in np.frombuffer(keys, "<u4"))
         projection.keysets[columns] = id_
     _load_streams(db, projection)
-    for stream, seq, rule in fetch(
-        db, "SELECT stream, seq, rule FROM media WHERE sha256 IS NULL AND lost IS NULL"
+    for stream, seq, rule, lost in fetch(
+        db, "SELECT stream, seq, rule, lost FROM media WHERE sha256 IS NULL"
     ):
-        projection.media_wanted[stream, seq] = rule
+        if lost is None:
+            projection.media_wanted[stream, seq] = rule
+        elif lost == NEVER_CAME:
+            projection.media_given_up[stream, seq] = rule
     if "generations" in about:
         projection.generations = Generations.load(
             msgpack.unpackb(about["generations"], strict_map_key=False)

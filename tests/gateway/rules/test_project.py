@@ -346,6 +346,28 @@ def test_a_file_that_never_comes_is_not_passed_on(tmp_path: Path) -> None:
         check_sums(reader)
 
 
+def test_a_file_whose_stream_is_over_is_given_up_until_it_comes(tmp_path: Path) -> None:
+    """BYE without the bytes counts a file as lost; bytes that come after all revive it."""
+    run = Run()
+    life = run.life()
+    media = life.file("late")
+    life.end().bye()
+    for name in ("1", "2"):
+        (tmp_path / name).mkdir()
+    with reading(tmp_path / "1", run) as reader:
+        [row] = reader.media()
+        assert (row.sha256, row.lost) == (None, "media lost (its bytes never came)")
+        assert reader.about().counters["lost media"] == 1
+        assert reader.about().counters["passed media"] == 0
+    life.arrived(media)
+    with reading(tmp_path / "2", run) as reader:
+        [row] = reader.media()
+        assert (row.sha256, row.lost) == ("a" * 64, None)
+        assert reader.about().counters["lost media"] == 0
+        assert [entry.kind for entry in reader.feed(0, 99)] == ["media"]
+        check_sums(reader)
+
+
 # --- the state of a run --------------------------------------------------------------------------
 
 
