@@ -98,10 +98,10 @@ def boot_id() -> str:
 def process_start(pid: int) -> str:
     """When a process started, in clock ticks since boot; empty where /proc does not tell."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_bytes()  # a command's name may be cut anywhere
     except OSError:
         return ""
-    return stat.rpartition(")")[2].split()[19]
+    return stat.rpartition(b")")[2].split()[19].decode()
 
 
 def agent() -> str:

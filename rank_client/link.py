@@ -6,25 +6,34 @@ implement these four.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import zmq
 
 SEND_HWM = 64
 
-# Contexts are never terminated: `term` waits for ever on a socket somebody else holds open, and a
-# context that leaves scope would call it.
+# One for the process, never terminated: `term` waits for ever on a socket somebody else holds
+# open, and a context that leaves scope would call it.
 _contexts: list[zmq.Context[Any]] = []
+_contexts_lock = threading.Lock()
+
+
+def _context() -> zmq.Context[Any]:
+    with _contexts_lock:
+        if not _contexts:
+            context: zmq.Context[Any] = zmq.Context()
+            context.linger = 0
+            _contexts.append(context)
+        return _contexts[0]
 
 
 class Link:
     """A DEALER owned by the thread that made it."""
 
     def __init__(self, address: str) -> None:
-        context: zmq.Context[Any] = zmq.Context()
-        context.linger = 0
-        _contexts.append(context)
-        socket = context.socket(zmq.DEALER)
+        """Raises zmq.ZMQError for an address that is none."""
+        socket = _context().socket(zmq.DEALER)
         socket.setsockopt(zmq.IMMEDIATE, 1)  # without a peer, sends must fail, not vanish
         socket.setsockopt(zmq.SNDHWM, SEND_HWM)
         socket.setsockopt(zmq.RCVHWM, 1000)
@@ -34,7 +43,11 @@ class Link:
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 30000)
         socket.setsockopt(zmq.MAXMSGSIZE, 1 << 20)
         self._socket = socket
-        socket.connect(address)
+        try:
+            socket.connect(address)
+        except zmq.ZMQError:
+            socket.close(0)
+            raise
 
     def send(self, frame: bytes) -> bool:
         """False when nobody is there or the peer is slow: the caller keeps the frame."""

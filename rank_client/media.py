@@ -25,6 +25,8 @@ from .wire.session import ClientSession
 
 CHUNK_BYTES = 256 << 10
 COPY_TRIES = 3
+RETRY_SECONDS = 0.2
+RETRY_MAX_SECONDS = 30.0
 FICLONE = 0x40049409  # linux/fs.h: share the blocks of one file with another
 INLINE_COPY_BYTES = 1 << 20
 
@@ -73,7 +75,7 @@ def blob_session(source: FileSource, run: str, stream: bytes, media: int) -> Cli
 def send_file(
     path: Path, run: str, stream: bytes, media: int, link: Link, stop: Callable[[], bool]
 ) -> bool:
-    """Carry one file; True when the gateway has all of it on disk."""
+    """Carry one file; True when the gateway has all of it on disk. Raises OSError."""
     source = FileSource(path)
     try:
         carrier = Carrier(blob_session(source, run, stream, media), link)
@@ -82,6 +84,8 @@ def send_file(
             if carrier.session.state in ("closed", "rejected"):
                 break
             link.wait(0.02)
+        if carrier.session.state == "rejected":
+            raise OSError(f"the gateway refuses {path.name}: {carrier.session.reject_reason}")
         return carrier.session.state == "closed"
     finally:
         source.close()
@@ -191,6 +195,7 @@ class MediaSender:
 
     def _run_thread(self) -> None:
         link: Link | None = None
+        pause = RETRY_SECONDS
         while not self._stop.is_set():
             with self._wake:
                 while not self._jobs and not self._stop.is_set():
@@ -205,16 +210,21 @@ class MediaSender:
                         self._jobs[0] = (number, None)
                 link = link or self._connect()
                 sent = not made or (link is not None and self._send(number, link))
-            except Exception as error:  # nothing may escape into the training process
-                self._warn("media", f"sending a file failed ({error!r}); it stays in the spool")
+            except FileNotFoundError as error:
+                self._lose(number, "media lost", error)
                 sent = True
+            except Exception as error:  # nothing may escape into the training process
+                self._warn("media", f"sending a file failed ({error!r}); it is tried again")
+                sent = False
             if sent:
+                pause = RETRY_SECONDS
                 with self._wake:
                     self._jobs.popleft()
                     self._unsent -= 1
                     self._wake.notify_all()
             else:
-                self._stop.wait(0.2)
+                self._stop.wait(pause)
+                pause = min(pause * 2, RETRY_MAX_SECONDS)
         if link:
             link.close()
 
@@ -230,15 +240,18 @@ class MediaSender:
         except Exception as error:  # the user's file, figure or array may fail in any way
             part.unlink(missing_ok=True)
             reason = "media lost (rewritten)" if isinstance(error, Rewritten) else "media lost"
-            self._spool.append_map(
-                Kind.LOSS, {"n": 0, "media": number, "reason": reason, "text": str(error)[:500]}
-            )
-            self._warn(reason, f"a file could not be kept: {error}")
+            self._lose(number, reason, error)
             return False
         finally:
             with self._wake:
                 self._unmade -= 1
                 self._wake.notify_all()
+
+    def _lose(self, number: int, reason: str, error: Exception) -> None:
+        text = str(error)[:500]
+        body = {"n": 0, "media": number, "reason": reason, "text": text}
+        self._spool.append_map(Kind.LOSS, body)
+        self._warn(reason, f"a file could not be kept: {text}")
 
     def _send(self, number: int, link: Link) -> bool:
         path = self._directory / str(number)

@@ -26,7 +26,10 @@ _RANK_PREFIXES = ("TORCHELASTIC_", "CLEARML_PROC_", "TRAINS_PROC_", "OMPI_", "PM
 
 
 def data_dir(environ: Mapping[str, str]) -> Path:
-    return Path(environ.get("RANKGATE_DIR") or ".rankgate").absolute()
+    try:
+        return Path(environ.get("RANKGATE_DIR") or ".rankgate").absolute()
+    except FileNotFoundError:  # the current directory was deleted
+        return Path(f"/var/tmp/rankgate-{os.getuid()}-data")  # noqa: S108 - made 0700, ours
 
 
 def socket_dir() -> Path:

@@ -64,6 +64,7 @@ class Run:
         self.stream = stream.hex()
         self._warned: set[str] = set()
         self._dead = False
+        self._forked = False
         self._finished = False
         self._failure = ""
         self._finish_lock = threading.Lock()
@@ -115,6 +116,7 @@ class Run:
         its event and logged when it is there; this never waits for it.
         """
         if self._dead:
+            self._late()
             return
         try:
             self._rows.log(values, step)
@@ -300,7 +302,9 @@ class Run:
         self._rows.abandon()
         self._media.wait(deadline, sent=False)
         end = {"status": status, "text": text[:4000], "w": time.time_ns()}
-        self._spool.append_map(Kind.END, end)
+        with self._spool.lock:  # nothing that is logged from now on comes before the end
+            self._spool.append_map(Kind.END, end)
+            self._dead = True
         if not self._online:
             deadline = time.monotonic()
         welcomed = self._sender.session.welcomed
@@ -309,8 +313,8 @@ class Run:
         # BYE says that nothing more will come of this life, so not while a file is on its way.
         done = self._sender.finish(deadline, end if files else None, ABSENT_SECONDS)
         self._media.close()
-        self._dead = True
         _live.discard(self)
+        done = done and self._sender.session.durable >= self._spool.last
         self._spool.close()
         if done and files:
             self._mark_shipped()
@@ -342,7 +346,7 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
+        if kind is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
             self.finish()
             return
         self._fail(kind, error, trace)
@@ -406,9 +410,13 @@ class Run:
             self._warned.add(what)
             log.warning("rankgate: rank %s: %s", self.rank, text)
 
+    def _late(self) -> None:
+        if self._finished and not self._forked:
+            self._warn("late", "log after finish does nothing")
+
     def _become_child(self) -> None:
         """After a fork: touch no lock, no socket, no thread of the parent's."""
-        self._dead = True
+        self._dead = self._forked = True
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_run, (self.id,)
@@ -419,7 +427,7 @@ class NullRun(Run):
 
     def __init__(self, run_id: str) -> None:
         self.id, self.rank, self.world_size, self.stream = run_id, -1, 1, ""
-        self._dead = self._finished = True
+        self._dead = self._forked = self._finished = True
         self._failure = ""
         self._finish_lock = threading.Lock()
 
@@ -452,13 +460,17 @@ def init(
     run_id = identity.run_id(environ, where, run)
     if mode == "disabled" or (rank is None and identity.in_worker_process()):
         return NullRun(run_id)
-    about = {
-        **identity.attributes(environ, where),
-        "project": clean_key(project or environ.get("RANKGATE_PROJECT") or "default"),
-        "name": clean_key(name) if name else "",
-        "tags": [clean_key(t) for t in tags],
-    }
-    made = Run(run_id, where, about, environ, gateway, mode)
+    try:
+        about = {
+            **identity.attributes(environ, where),
+            "project": clean_key(project or environ.get("RANKGATE_PROJECT") or "default"),
+            "name": clean_key(name) if name else "",
+            "tags": [clean_key(t) for t in tags],
+        }
+        made = Run(run_id, where, about, environ, gateway, mode)
+    except Exception as error:  # no thread, no descriptor: the training goes on without a log
+        log.warning("rankgate: logging is off in this process: %r", error)
+        return NullRun(run_id)
     _live.add(made)
     _hook()
     if config:

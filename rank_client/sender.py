@@ -8,6 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -102,26 +103,40 @@ class Sender:
     # --- the thread ----------------------------------------------------------
 
     def _run(self) -> None:
-        try:
-            self._loop()
-        except Exception as error:  # nothing may escape into the training process
-            self._warn("sender", f"sending stopped ({error!r}); the spool keeps everything")
+        pause = TICK_MAX_SECONDS
+        while not self._stop.is_set() and self.session.state != "closed":
+            try:
+                self._loop()
+                return
+            except Exception as error:  # nothing may escape into the training process
+                self._warn("sender", f"sending failed ({error!r}) and is tried again")
+                self._stop.wait(pause)
+                pause = min(pause * 2, START_RETRY_MAX_SECONDS)
 
     def _loop(self) -> None:
+        with ExitStack() as stack:
+            self._carry_on(stack)
+
+    def _carry_on(self, stack: ExitStack) -> None:
         link: Link | None = None
         carrier: Carrier | None = None
+        connect_at, connect_pause = 0.0, TICK_MAX_SECONDS
         tick, last, synced = TICK_SECONDS, self._spool.last, time.monotonic()
         start_at, start_pause = synced, START_RETRY_SECONDS
         while not self._stop.is_set():
             now = time.monotonic()
-            if link is None and self._online:
+            if link is None and self._online and now >= connect_at:
+                connect_at, connect_pause = now + connect_pause, min(connect_pause * 2, 60.0)
                 link = self._connect()
-                carrier = Carrier(self.session, link) if link else None
+                if link:
+                    stack.callback(link.close)
+                    carrier = Carrier(self.session, link)
             waiting = self._each_tick()
             if carrier:
                 carrier.step(now)
             if self.session.state == "closed":
                 break
+            self._tell_trouble()
             if now - synced >= SYNC_SECONDS:
                 synced = now
                 self._upkeep()
@@ -138,16 +153,27 @@ class Sender:
                 link.wait(tick)  # only an answer lets us go on
             else:
                 self._closing.wait(tick)
-        if link:
-            link.close()
         self._upkeep()
+
+    def _tell_trouble(self) -> None:
+        session = self.session
+        if session.state == "rejected":
+            self._warn(
+                "rejected",
+                f"the gateway refuses this process: {session.reject_reason}. The spool keeps all",
+            )
+        if session.journal_changed:
+            self._warn("journal", "another journal answers than before; all that is kept is sent")
 
     def _connect(self) -> Link | None:
         try:
             return Link(self._address or ipc_address(self._data_dir))
         except Exception as error:
-            self._warn("address", f"cannot reach a gateway: {error}; the spool keeps everything")
-            self._stop.wait(TICK_MAX_SECONDS)
+            self._warn(
+                "address",
+                f"cannot connect to {self._address or self._data_dir} ({error}); an address is "
+                "tcp://HOST:PORT or ipc://PATH. The spool keeps everything",
+            )
             return None
 
     def _look_for_gateway(self, now: float) -> None:

@@ -95,6 +95,7 @@ class Spool:
         self._turn = 0
         self._ended = 0  # the turn that was committed last
         self._rolling = False
+        self._closed = False
         self._schema_bytes = 0
         self._gone = 0  # the highest number that was only ever in memory, and is forgotten
         self._unsynced = False
@@ -426,6 +427,8 @@ class Spool:
 
     def sync(self) -> None:
         """Bring what was written to the disk itself. Called each second, never by `log`."""
+        if self._closed:
+            return
         for fd in self._retired[:]:
             self._disk.sync(fd)
             self._disk.close(fd)
@@ -439,7 +442,7 @@ class Spool:
     def heal(self) -> None:
         """Try to bring the memory ring to the disk; the order of numbers is kept."""
         with self.lock:
-            if not self.volatile or self.directory is None:
+            if not self.volatile or self.directory is None or self._closed:
                 return
             ring, self._ring = self._ring, deque()
             last = self.last
@@ -494,6 +497,7 @@ class Spool:
     def close(self) -> None:
         """Let go of every descriptor, the lock too: others may now ship what is left."""
         with self.lock:
+            self._closed = True
             for segment in self._segments:
                 if segment.fd >= 0:
                     self._disk.close(segment.fd)
