@@ -13,6 +13,7 @@ import fcntl
 import json
 import logging
 import os
+import resource
 import signal
 import sys
 import time
@@ -191,7 +192,15 @@ CHILDREN: dict[str, Callable[[list[str]], int]] = {
 }
 
 
+def raise_limits() -> None:
+    """As many descriptors as we may have: a rank costs one, and a run."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def main() -> None:
     """What `python -c` of a child process calls."""
+    raise_limits()
     name, *arguments = sys.argv[1:]
     sys.exit(CHILDREN[name](arguments))

@@ -16,7 +16,7 @@ from rank_client.rendezvous import LOCK_GATEWAY, ipc_address, locked, start_gate
 
 from .series.reader import Reader
 from .sinks.process import fresh
-from .sinks.store import SinkView, read_views
+from .sinks.store import read_view, store_name
 from .supervise import STALE_SECONDS, read_json
 
 START_SECONDS = 15.0
@@ -98,7 +98,6 @@ class Progress:
 
     run: str
     projected: bool
-    sinks: dict[str, SinkView]
     waiting: tuple[str, ...]  #: names of the sinks that still have something to do
 
     @property
@@ -113,22 +112,29 @@ def sinks_of(root: Path) -> dict[str, str]:
 
 def progress(root: Path, run: str) -> Progress:
     """Where a run stands with the gateway and each of its sinks."""
-    sinks = sinks_of(root)
     run_dir = root / "runs" / run
     end = read_json(root / "ingest.json").get("journals", {}).get(run, 0)
-    views = {view.name: view for view in read_views(run_dir)}
+    sinks = sinks_of(root)
     try:
         with Reader(run_dir) as reader:
             projected = reader.about().cursor >= end
             waiting = tuple(
                 name
                 for name, mode in sinks.items()
-                if (name not in views or views[name].state != "off")
+                if not _is_off(run_dir, name, mode)
                 and not fresh(run_dir, name, reader, mode == "offline")
             )
     except (apsw.Error, KeyError):
-        return Progress(run, False, views, tuple(sinks))
-    return Progress(run, projected, views, waiting)
+        return Progress(run, False, tuple(sinks))
+    return Progress(run, projected, waiting)
+
+
+def _is_off(run_dir: Path, name: str, mode: str) -> bool:
+    path = run_dir / "sinks" / store_name(name, mode)
+    try:
+        return path.exists() and read_view(path).state == "off"
+    except apsw.Error:
+        return False  # being made at this moment
 
 
 def wait_done(
@@ -147,6 +153,17 @@ def wait_done(
         if time.monotonic() > deadline:
             return False
         time.sleep(POLL_SECONDS)
+
+
+def ask_delivery(root: Path) -> list[str]:
+    """Ask the gateway to look after every run of the directory, ended ones too; their ids."""
+    runs = []
+    for journal in sorted(root.glob("runs/*/journal")):
+        requests = journal.parent / "requests"
+        requests.mkdir(mode=0o700, exist_ok=True)
+        (requests / "deliver").touch()
+        runs.append(journal.parent.name)
+    return runs
 
 
 def last_lines(path: Path, n: int = 3) -> str:

@@ -29,6 +29,7 @@ from .config import Config
 from .series.reader import Reader
 from .sinks.loop import ENDED
 from .sinks.process import BUSY, OFF, fresh
+from .sinks.store import store_name
 
 TICK_SECONDS = 0.2
 SWEEP_SECONDS = 2.0
@@ -37,6 +38,7 @@ STOP_SECONDS = 15.0
 LINGER_SECONDS = 3.0  #: with nothing to do, before a detached gateway leaves
 UNUSED_SECONDS = 60.0  #: the same when nobody ever came
 STALE_SECONDS = 3.0
+LOOK_SECONDS = 1.0
 BIND_FAILED = 69  #: exit code of ingest; the message is in its log
 
 log = logging.getLogger("rankgate")
@@ -55,6 +57,18 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     part = path.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps(value))
     part.rename(path)
+
+
+def _marks(run_dir: Path, store: str) -> tuple[int, ...]:
+    """When the files that decide whether a sink has work were written."""
+    out = []
+    for path in (run_dir / "series.db", run_dir / "sinks" / store):
+        for suffix in ("", "-wal"):
+            try:
+                out.append(Path(f"{path}{suffix}").stat().st_mtime_ns)
+            except OSError:
+                out.append(0)
+    return tuple(out)
 
 
 @dataclass
@@ -92,28 +106,39 @@ class Sweeper(threading.Thread):
         self._root = root
         self._address = address
         self._stop_event = threading.Event()
+        self._later: dict[Path, tuple[float, float]] = {}  # when to try again, after what pause
 
     def run(self) -> None:
         spool = spool_root(os.environ)
         sweep.tidy(spool, time.time())
         while not self._stop_event.is_set():
             try:
-                orphans = sweep.find(spool, self._root, self._has_run)
-                self.busy = bool(orphans)
-                for orphan in orphans:
-                    shipped = sweep.ship(orphan, self._address, SHIP_SECONDS)
-                    for text in shipped.damage:
-                        log.error("spool damaged, what follows cannot be shipped: %s", text)
-                    log.info(
-                        "shipped %d records and %d files of a process of run %s that is gone",
-                        shipped.records,
-                        shipped.files,
-                        orphan.run,
-                    )
-                self.busy = False
+                self._look(sweep.find(spool, self._root, self._has_run))
             except Exception:
                 log.exception("sweeping the spool failed; it is tried again")
             self._stop_event.wait(SWEEP_SECONDS)
+
+    def _look(self, orphans: list[sweep.Orphan]) -> None:
+        """Ship what is due; what does not get through waits ever longer, and holds nobody up."""
+        now = time.monotonic()
+        due = [o for o in orphans if now >= self._later.get(o.directory, (0.0, 0.0))[0]]
+        self.busy = bool(due)
+        for orphan in due:
+            shipped = sweep.ship(orphan, self._address, SHIP_SECONDS)
+            for text in shipped.damage:
+                log.error("spool of a process of run %s: %s", orphan.run, text)
+            if shipped.whole:
+                self._later.pop(orphan.directory, None)
+                log.info(
+                    "shipped %d records and %d files of a process of run %s that is gone",
+                    shipped.records,
+                    shipped.files,
+                    orphan.run,
+                )
+            else:
+                pause = min(2 * self._later.get(orphan.directory, (0.0, 2.0))[1], 600.0)
+                self._later[orphan.directory] = (time.monotonic() + pause, pause)
+        self.busy = False
 
     def _has_run(self, run: str) -> bool:
         return (self._root / "runs" / run / "journal").is_dir()
@@ -142,6 +167,10 @@ class Supervisor:
         self._used = False
         self._begun = time.monotonic()
         self._stopping = False
+        self._look_at = 0.0
+        self._asked: set[str] = set()
+        self._no_work: dict[tuple[str, str], tuple[int, ...]] = {}
+        self._unfinished = self._find_unfinished()
 
     def run(self, ready: Callable[[], None]) -> int:
         """Until SIGTERM or SIGINT, or until there is nothing left to do; the exit code."""
@@ -205,9 +234,28 @@ class Supervisor:
                 self._off.add((run, name))
             elif code and code != BUSY:
                 log.warning("sink %s of run %s ended with %s; started again", name, run, code)
-        for run in self._status().get("journals", {}):
+        for run in self._runs():
             for name in self.config.sinks:
                 self._look_after_sink(now, run, name)
+
+    def _runs(self) -> list[str]:
+        """The runs this gateway looks after: those it serves, those it left unfinished, and those
+        `rankgate drain` asks for."""
+        served = set(self._status().get("journals", {}))
+        if time.monotonic() >= self._look_at:
+            self._look_at = time.monotonic() + LOOK_SECONDS
+            self._asked = {p.parent.parent.name for p in self.root.glob("runs/*/requests/deliver")}
+        return sorted(served | self._asked | self._unfinished)
+
+    def _find_unfinished(self) -> set[str]:
+        """Runs whose delivery to one of our sinks began and did not end."""
+        found = set()
+        for name, sink in self.config.sinks.items():
+            for path in self.root.glob(f"runs/*/sinks/{store_name(name, sink.mode)}"):
+                run = path.parent.parent.name
+                if self._has_work(run, name):
+                    found.add(run)
+        return found
 
     def _look_after_sink(self, now: float, run: str, name: str) -> None:
         child = self._sinks.get((run, name))
@@ -229,8 +277,24 @@ class Supervisor:
         child.start(self._environ, now)
 
     def _has_work(self, run: str, name: str) -> bool:
+        """Asked several times a second, so answered from memory while no file has changed."""
+        mode = self.config.sinks[name].mode
+        marks = _marks(self.root / "runs" / run, store_name(name, mode))
+        if self._no_work.get((run, name)) == marks:
+            return False
+        found = self._find_work(run, name, mode == "offline")
+        if found or (mode == "offline" and not self._exported(run, name)):
+            self._no_work.pop((run, name), None)
+        else:
+            self._no_work[run, name] = marks
+        return found
+
+    def _exported(self, run: str, name: str) -> bool:
+        """An export waits for more than its own files: for the run to have settled."""
+        return (self.root / "runs" / run / "exports" / name).is_dir()
+
+    def _find_work(self, run: str, name: str, offline: bool) -> bool:
         run_dir = self.root / "runs" / run
-        offline = self.config.sinks[name].mode == "offline"
         try:
             with Reader(run_dir) as reader:
                 about = reader.about()
@@ -242,8 +306,8 @@ class Supervisor:
 
     def _settled(self, run: str, cursor: int) -> bool:
         """All that ranks sent is projected, and no dead rank's spool waits."""
-        journal = self._status().get("journals", {}).get(run, 1 << 62)
-        return cursor >= journal and not self._sweeper.busy
+        journal = self._status().get("journals", {}).get(run, 0)
+        return bool(self._status()) and cursor >= journal and not self._sweeper.busy
 
     # --- leaving -------------------------------------------------------------
 
@@ -278,7 +342,8 @@ class Supervisor:
     def _drained(self, status: dict[str, Any]) -> bool:
         if any(child.process for child in self._sinks.values()):
             return False
-        for run, end in status["journals"].items():
+        for run in self._runs():
+            end = status["journals"].get(run, 0)
             try:
                 with Reader(self.root / "runs" / run) as reader:
                     if reader.about().cursor < end:
@@ -288,6 +353,7 @@ class Supervisor:
             for name in self.config.sinks:
                 if (run, name) not in self._off and self._has_work(run, name):
                     return False
+            (self.root / "runs" / run / "requests" / "deliver").unlink(missing_ok=True)
         return True
 
     def _shut_down(self) -> None:

@@ -99,6 +99,7 @@ def start_gateway(
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     configured = environ.get("RANKGATE_CONFIG", "")
     configured = str(Path(configured).absolute()) if configured else ""
+    sinks = sinks or [name for name in environ.get("RANKGATE_SINKS", "").split(",") if name]
     lock_file = directory / "gateway.lock"
     fd = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:

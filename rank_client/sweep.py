@@ -25,6 +25,7 @@ from .wire.segments import SPOOL_KINDS, read_whole, scan_segment, segment_indexe
 from .wire.session import ClientSession
 
 KEEP_DONE_SECONDS = 7 * 86400.0
+STALL_SECONDS = 10.0  #: without an acknowledgement, a stream is left for a later try
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,10 @@ def _alive(directory: Path) -> bool:
 
 @contextmanager
 def _held(directory: Path) -> Iterator[bool]:
-    """Keep other sweepers off while we ship."""
-    fd = os.open(directory / "lock", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    """Keep other sweepers off while we ship; not by its process's lock, so that the stream is
+    seen as an orphan until it is whole."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(directory / "sweep.lock", flags, 0o600)
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield True
@@ -227,9 +230,14 @@ def ship(orphan: Orphan, address: str, seconds: float) -> Shipped:
 
 def _carry(carrier: Carrier, deadline: float, enough: Callable[[], bool]) -> None:
     session = carrier.session
+    moved_at, durable = time.monotonic(), -1
     while time.monotonic() < deadline and session.state not in ("closed", "rejected"):
         carrier.step(time.monotonic())
         if enough():
+            return
+        if session.durable != durable:
+            moved_at, durable = time.monotonic(), session.durable
+        if time.monotonic() - moved_at > STALL_SECONDS:
             return
         carrier.link.wait(0.01)
 

@@ -44,12 +44,12 @@ def command(
             words = attach.last_lines(root / "gateway.log")
             raise NotServed(f"the gateway for {root} did not come up. Its last words:\n{words}")
         waited = wait_shipped(root, deadline) and attach.wait_fresh(root)
-        left = max(1.0, deadline - time.monotonic())
-        done = attach.wait_done(root, lambda: list(attach.journals(root)), left, _quiet)
-        states = [attach.progress(root, run) for run in attach.journals(root)]
+        runs = attach.ask_delivery(root)
+        done = attach.wait_done(root, lambda: runs, max(1.0, deadline - time.monotonic()), _quiet)
+        states = [attach.progress(root, run) for run in runs]
     if as_json:
-        runs = {s.run: {"done": s.done, "waiting": list(s.waiting)} for s in states}
-        typer.echo(json.dumps({"done": done and waited, "runs": runs}))
+        each = {s.run: {"done": s.done, "waiting": list(s.waiting)} for s in states}
+        typer.echo(json.dumps({"done": done and waited, "runs": each}))
     else:
         for state in states:
             what = "delivered" if state.done else f"waiting for {', '.join(state.waiting)}"

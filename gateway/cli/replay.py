@@ -14,13 +14,13 @@ import typer
 
 from rank_client.rendezvous import LOCK_RULES, clean_environment, gateway_command, locked
 
-from .. import app
+from .. import app, attach
 from ..errors import Busy, RankgateError
 from ..rules.follow import rebuild
 from ..series.reader import Reader
 from ..sinks.loop import ENDED
 from ..sinks.process import BUSY, OFF
-from ..sinks.store import read_view
+from ..sinks.store import read_view, store_name
 from ..view.finding import check_whole, find_run
 from .options import DEFAULT_DIR, ConfigFile, Dir, Json, settings_of
 
@@ -62,7 +62,7 @@ def command(
         process.terminate()
         process.wait()
         raise
-    _tell(run_dir, name, code, as_json)
+    _tell(run_dir, name, sink.mode, code, as_json)
     check_whole(run_dir)
     raise typer.Exit(0 if code == 0 else 1)
 
@@ -70,18 +70,19 @@ def command(
 def _bring_up_to_date(root: Path, run_dir: Path) -> None:
     """Where a gateway follows the journal, wait for it; else project it here."""
     if not locked(root / "gateway.lock", LOCK_RULES):
-        app.take_lock(root, LOCK_RULES, 1.0)
+        lock = app.take_lock(root, LOCK_RULES, 1.0)
         rebuild(run_dir)
+        os.close(lock)  # a gateway may start while we deliver
         return
     deadline = time.monotonic() + 10
-    while not (run_dir / "series.db").exists() and time.monotonic() < deadline:
+    while not attach.progress(root, run_dir.name).projected and time.monotonic() < deadline:
         time.sleep(0.1)
 
 
-def _tell(run_dir: Path, name: str, code: int, as_json: bool) -> None:
+def _tell(run_dir: Path, name: str, mode: str, code: int, as_json: bool) -> None:
     if code == BUSY:
         raise Busy(f"another process delivers run {run_dir.name} to {name} right now")
-    view = read_view(run_dir / "sinks" / f"{name}.db")
+    view = read_view(run_dir / "sinks" / store_name(name, mode))
     if code == OFF:
         raise RankgateError(f"{name} is off: {view.reason}")
     if as_json:

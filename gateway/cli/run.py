@@ -65,8 +65,8 @@ def command(
     """
     root = directory.absolute()
     launch = Launch(root, run or secrets.token_hex(4), secrets.token_hex(8), quiet)
-    settings = launch.prepare(config, tuple(sink or ()))
     with attach.hold(root):
+        settings = launch.prepare(config, tuple(sink or ()))
         code = launch.go(words)
         if settings is not None and not launch.joined:
             launch.finish(code, settings)
@@ -106,6 +106,8 @@ class Launch:
             say(f"NO GATEWAY: {reason}")
             say("the command runs all the same; its logs wait in the spool for: rankgate drain")
             return None
+        if sinks:  # for whoever has to start the gateway again
+            self.environ["RANKGATE_SINKS"] = ",".join(sinks)
         if config:
             self.environ["RANKGATE_CONFIG"] = str(config.absolute())
         if not self.quiet:
@@ -176,6 +178,9 @@ class Launch:
             if not runs:
                 say("the command logged nothing through rankgate")
                 return
+            for name in settings.sinks.keys() - attach.sinks_of(self.root).keys():
+                say(f"the gateway that was here already has no sink {name}; deliver with: "
+                    f"rankgate replay {runs[0]} --to {name}")  # fmt: skip
             self._wait(runs, settings)
             for run in runs:
                 seen = shown(self.root / "runs" / run, time.time_ns(), spool_root(self.environ))

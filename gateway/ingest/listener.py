@@ -34,6 +34,7 @@ TICK_SECONDS = 1.0
 FULL_RETRY_SECONDS = 2.0
 BUDGET_BYTES = 128 << 20
 RECENT_SECONDS = 86400.0
+REST_SECONDS = 60.0
 
 log = logging.getLogger("rankgate.ingest")
 
@@ -44,6 +45,8 @@ class RunStore:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.open: dict[str, Journal] = {}
+        self.ends: dict[str, int] = {}  #: last entry of the journals that were closed
+        self._needed: dict[str, float] = {}
         self._disk = OsDisk()
 
     def directory(self, run: str) -> Path:
@@ -73,6 +76,17 @@ class RunStore:
         """Close a journal; it is read from disk again when next asked for."""
         self.open.pop(run).close()
 
+    def rest(self, busy: set[str], now: float) -> None:
+        """Close the journals that no stream has needed for a while: a run costs a descriptor."""
+        for run, journal in list(self.open.items()):
+            if run in busy or journal.pending_bytes:
+                self._needed.pop(run, None)
+            elif now - self._needed.setdefault(run, now) > REST_SECONDS:
+                del self._needed[run]
+                self.ends[run] = journal.durable_seq
+                _mark(journal)
+                self.drop(run)
+
 
 @dataclass
 class Ingest:
@@ -81,6 +95,7 @@ class Ingest:
     store: RunStore
     peers: Peers
     socket: zmq.Socket[bytes]
+    addresses: list[str]
     clock_ns: Callable[[], int] = time.time_ns
     stopping: bool = False
     stop_runs: frozenset[str] = frozenset()
@@ -174,12 +189,25 @@ class Ingest:
         self._commit()
         for run in ticks.keys() | self._runs_alive():
             _write_json(self.store.directory(run) / "live.json", self._live(run, now_ns))
+        self.store.rest({s.run for s in self.peers.streams.values()}, time.monotonic())
+        self._bind_again()
         _write_json(self.store.root / "ingest.json", {"at_ns": now_ns, **self._counts()})
         self.stop_runs = frozenset(
             run
             for run in self.store.open
             if (self.store.directory(run) / "requests" / "stop").exists()
         )
+
+    def _bind_again(self) -> None:
+        """Whoever removed our socket's path (a logout does, in /run/user) cut off all new ranks."""
+        for address in self.addresses:
+            if address.startswith("ipc://") and not Path(address[6:]).exists():
+                log.error("%s is gone; listening there again", address)
+                try:
+                    self.socket.unbind(address)
+                    listen(self.socket, address)
+                except (zmq.ZMQError, OSError) as error:
+                    log.error("cannot: %s", error)
 
     def _runs_alive(self) -> set[str]:
         return {s.run for s in self.peers.streams.values() if not s.blob}
@@ -191,7 +219,10 @@ class Ingest:
             "streams": sum(not s.blob and not s.ended for s in self.peers.streams.values()),
             "blobs": sum(s.blob is not None and not s.ended for s in self.peers.streams.values()),
             "counts": self.peers.counts,
-            "journals": {run: j.durable_seq for run, j in self.store.open.items()},
+            "journals": {
+                **self.store.ends,
+                **{run: j.durable_seq for run, j in self.store.open.items()},
+            },
         }
 
     def _live(self, run: str, now_ns: int) -> dict[str, Any]:
@@ -280,15 +311,22 @@ def bind(addresses: list[str]) -> zmq.Socket[bytes]:
     router.setsockopt(zmq.HEARTBEAT_TIMEOUT, 30_000)
     router.setsockopt(zmq.BACKLOG, 4096)
     for address in addresses:
-        if address.startswith("ipc://"):
-            # The lock on the data directory says that nobody else serves this path.
-            Path(address[6:]).unlink(missing_ok=True)
-        before = os.umask(0o177)
-        try:
-            router.bind(address)
-        finally:
-            os.umask(before)
+        listen(router, address)
     return router
+
+
+def listen(router: zmq.Socket[bytes], address: str) -> None:
+    """Raises zmq.ZMQError."""
+    if address.startswith("ipc://"):
+        # The lock on the data directory says that nobody else serves this path.
+        path = Path(address[6:])
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+    before = os.umask(0o177)
+    try:
+        router.bind(address)
+    finally:
+        os.umask(before)
 
 
 def serve(root: Path, addresses: list[str], budget_bytes: int = BUDGET_BYTES) -> None:
@@ -297,7 +335,7 @@ def serve(root: Path, addresses: list[str], budget_bytes: int = BUDGET_BYTES) ->
     session = int.from_bytes(os.urandom(8), "little") or 1
     ingest: Ingest
     peers = Peers(session, store, budget_bytes, lambda run: run in ingest.stop_runs)
-    ingest = Ingest(store, peers, bind(addresses))
+    ingest = Ingest(store, peers, bind(addresses), addresses)
     _expect_unfinished(store, peers)
 
     def stop(_signal: int, _frame: object) -> None:

@@ -88,13 +88,20 @@ class Journal:
         self._marked_seq = 0
         self._log = SegmentLog(disk, directory, self._opening, segment_bytes)
         disk.make_dir(directory)
-        indexes = segment_indexes(disk, directory)
+        try:
+            self._open(directory)
+        except BaseException:
+            self._log.close()
+            raise
+
+    def _open(self, directory: str) -> None:
+        indexes = segment_indexes(self._disk, directory)
         if indexes:
             self._recover(directory, indexes)
         else:
             self._log.start(1)
             self._log.sync()
-            disk.sync_dir(directory)
+            self._disk.sync_dir(directory)
 
     # --- appending -----------------------------------------------------------
 

@@ -8,9 +8,13 @@ import signal
 import time
 from pathlib import Path
 
+import apsw
+
 from rank_client.wire.disk import OsDisk
+from rank_client.wire.records import BadRecord
 
 from ..journal.reader import JournalReader
+from ..journal.writer import JournalDamaged
 from ..series.writer import Series
 
 POLL_SECONDS = 0.02
@@ -72,6 +76,7 @@ class Rules:
         self._root = root
         self._open: dict[str, Follower] = {}
         self._seen: dict[str, int] = {}
+        self._later: dict[str, tuple[float, float]] = {}  # when to try again, after what pause
 
     def look(self) -> None:
         """Open the runs with news, close those without for long."""
@@ -81,20 +86,60 @@ class Rules:
             changed = _mtime(runs / name)
             if name not in self._open and changed and self._seen.get(name) != changed:
                 self._seen[name] = changed
-                try:
-                    self._open[name] = Follower(runs / name)
-                except FileNotFoundError:
-                    del self._seen[name]
+                self._begin(name, runs / name, changed)
         now = time.monotonic()
         for name, follower in list(self._open.items()):
             if now - follower.news_at > IDLE_SECONDS:
                 self._seen[name] = _mtime(runs / name)
-                if not follower.step():
-                    follower.close()
-                    del self._open[name]
+                if not self._step(name, follower):
+                    self._end(name)
+
+    def _begin(self, name: str, run_dir: Path, changed_ns: int) -> None:
+        """Follow a run; one that was not written to lately is brought up to date and let go, so
+        that a directory of many old runs does not cost a descriptor each."""
+        now = time.monotonic()
+        if now < self._later.get(name, (0.0, 0.0))[0]:
+            del self._seen[name]
+            return
+        try:
+            follower = self._open[name] = Follower(run_dir)
+        except FileNotFoundError:
+            del self._seen[name]
+            return
+        except (OSError, apsw.Error, JournalDamaged, BadRecord) as error:
+            self._put_off(name, error)
+            return
+        if time.time_ns() - changed_ns > IDLE_SECONDS * 1e9:
+            while self._step(name, follower):
+                pass
+            self._end(name)
+
+    def _put_off(self, name: str, error: Exception) -> None:
+        """One bad run must not stop the others: it is tried again, ever later."""
+        pause = min(2 * self._later.get(name, (0.0, LOOK_SECONDS))[1], 300.0)
+        self._later[name] = (time.monotonic() + pause, pause)
+        self._seen.pop(name, None)
+        log.error("run %s cannot be projected (%s); tried again in %.0f s", name, error, pause)
+
+    def _end(self, name: str) -> None:
+        follower = self._open.pop(name, None)
+        if follower:
+            follower.close()
+
+    def _step(self, name: str, follower: Follower) -> bool:
+        try:
+            moved = follower.step()
+        except (OSError, apsw.Error, JournalDamaged) as error:
+            self._end(name)
+            self._put_off(name, error)
+            return False
+        if moved:
+            self._later.pop(name, None)
+        return moved
 
     def step(self) -> bool:
-        moved = [follower.step() for follower in self._open.values()]  # every one, each time
+        # Every one, each time: a busy run does not hold the others up.
+        moved = [self._step(name, follower) for name, follower in list(self._open.items())]
         return any(moved)
 
 

@@ -45,9 +45,14 @@ class Series:
     def __init__(self, path: Path, journal: bytes) -> None:
         """Open, or begin anew when the file is another journal's or of another format."""
         self._path = path
-        db = self._open(path)
-        if self._about(db) != (FORMAT, journal):
-            db.close()
+        try:
+            db = self._open(path)
+            found = self._about(db)
+        except (apsw.NotADBError, apsw.CorruptError):
+            found = None  # it is made from the journal, so it is made again
+        if found != (FORMAT, journal):
+            if found is not None:
+                db.close()
             for suffix in ("", "-wal", "-shm"):
                 Path(f"{path}{suffix}").unlink(missing_ok=True)
             db = self._open(path)

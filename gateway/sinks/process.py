@@ -24,7 +24,7 @@ from . import registry
 from .base import RunInfo, Sink
 from .loop import Loop
 from .retry import Backoff
-from .store import Store, read_view
+from .store import Store, read_view, store_name
 
 OFF, BUSY = 4, 5
 
@@ -66,7 +66,7 @@ def carry(run_dir: Path, name: str, config: registry.SinkConfig) -> int:
     """Deliver until the run has ended and all is dealt with. Returns the exit code."""
     if lock(run_dir / "sinks" / f"{name}.lock") is None:
         return BUSY
-    store = Store(run_dir / "sinks" / f"{name}.db")
+    store = Store(run_dir / "sinks" / store_name(name, "online"))
     scratch = run_dir / "sinks" / f"{name}.scratch"
     scratch.mkdir(mode=0o700, exist_ok=True)
     with Reader(run_dir) as reader:
@@ -83,13 +83,14 @@ def export(run_dir: Path, name: str, config: registry.SinkConfig) -> int:
     its name when it is whole."""
     if lock(run_dir / "sinks" / f"{name}.lock") is None:
         return BUSY
+    database = run_dir / "sinks" / store_name(name, "offline")
     for suffix in ("", "-wal", "-shm"):
-        (run_dir / "sinks" / f"{name}.db{suffix}").unlink(missing_ok=True)
+        Path(f"{database}{suffix}").unlink(missing_ok=True)
     exports = run_dir / "exports"
     final, part = exports / name, exports / f".{name}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(mode=0o700, parents=True)
-    store = Store(run_dir / "sinks" / f"{name}.db")
+    store = Store(database)
     store.note(state="exporting", reason="")
     with Reader(run_dir) as reader:
         feed = reader.feed_end()
@@ -139,7 +140,7 @@ def _ask_to_stop(run_dir: Path, reason: str) -> None:
 
 def fresh(run_dir: Path, name: str, reader: Reader, offline: bool) -> bool:
     """Is there nothing (more) for this sink to do, as its own file tells?"""
-    path = run_dir / "sinks" / f"{name}.db"
+    path = run_dir / "sinks" / store_name(name, "offline" if offline else "online")
     if not path.exists():
         return False
     about = reader.about()

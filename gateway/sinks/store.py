@@ -36,6 +36,14 @@ CREATE TABLE IF NOT EXISTS quarantine(
 """
 
 
+EXPORT_SUFFIX = ".export"
+
+
+def store_name(sink: str, mode: str) -> str:
+    """The file of a sink; an export has its own, as it knows nothing of what a service has."""
+    return f"{sink}{EXPORT_SUFFIX if mode == 'offline' else ''}.db"
+
+
 @dataclass(frozen=True, slots=True)
 class SinkView:
     """A sink as people see it. Counts are items; `passed` − all others = waiting."""
@@ -170,7 +178,7 @@ def read_view(path: Path) -> SinkView:
     finally:
         db.close()
     return SinkView(
-        path.stem,
+        path.stem.removesuffix(EXPORT_SUFFIX),
         about.get("state", "starting"),
         about.get("reason", ""),
         about.get("delivered", 0),
