@@ -202,5 +202,6 @@ def raise_limits() -> None:
 def main() -> None:
     """What `python -c` of a child process calls."""
     raise_limits()
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])  # whatever mask our starter happened to have
     name, *arguments = sys.argv[1:]
     sys.exit(CHILDREN[name](arguments))

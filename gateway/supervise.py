@@ -180,6 +180,9 @@ class Supervisor:
             signal.signal(number, self._on_signal)
         while not self._stopping:
             now = time.monotonic()
+            if not (self.root / "gateway.lock").exists():
+                log.error("%s was deleted; leaving", self.root)
+                break
             if not self._keep_alive(now):
                 break
             if not self._sweeper.is_alive() and self._serving():

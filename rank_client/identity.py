@@ -111,7 +111,10 @@ def agent() -> str:
 
 
 def run_id(environ: Mapping[str, str], where: Place, explicit: str | None) -> str:
-    """Explicit > RANKGATE_RUN > Slurm > TORCHELASTIC_RUN_ID > one node's parent process."""
+    """Explicit > RANKGATE_RUN > Slurm > TORCHELASTIC_RUN_ID > one node's parent process.
+
+    A process without any launcher gets a new one each time.
+    """
     if explicit:
         return explicit
     if environ.get("RANKGATE_RUN"):
@@ -125,6 +128,8 @@ def run_id(environ: Mapping[str, str], where: Place, explicit: str | None) -> st
     elastic = environ.get("TORCHELASTIC_RUN_ID", "none")
     if elastic not in ("none", ""):
         return safe_run_id(elastic)
+    if where.launcher == "none":
+        return os.urandom(6).hex()  # a process on its own shares its run with nobody
     return hashlib.sha256(agent().encode()).hexdigest()[:12]
 
 

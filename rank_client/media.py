@@ -149,7 +149,7 @@ class MediaSender:
 
     def add(self, body: dict[str, Any], make: Callable[[Path], None], now: bool) -> None:
         """Write the MEDIA record, then have `make(path)` write the bytes (`now`: in this call)."""
-        self._directory.mkdir(mode=0o700, exist_ok=True)
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         part = self._directory / f".{os.urandom(6).hex()}"
         if now:
             try:

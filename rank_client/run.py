@@ -10,6 +10,7 @@ import atexit
 import logging
 import os
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -33,6 +34,7 @@ from .wire.records import Kind
 from .wire.session import ClientSession
 
 FINISH_SECONDS = 10.0  #: the most that `finish` or an exit may take
+MODES = ("live", "offline", "disabled")  #: of RANKGATE_MODE
 ABSENT_SECONDS = 3.0  #: of these, while no gateway has ever answered
 TEXT_PIECE_CHARACTERS = 15_000  #: four bytes each at most: a record stays below 64 KiB
 
@@ -88,7 +90,7 @@ class Run:
         session = ClientSession(stream, lambda: {**hello, **self._progress()}, self._spool, jitter)
         session.on_ping(self._progress)
         self._media = MediaSender(
-            Path(directory or "/nonexistent") / "media",
+            Path(directory or f"{tempfile.gettempdir()}/rankgate-{self.stream}") / "media",
             run_id,
             stream,
             self._spool,
@@ -315,7 +317,15 @@ class Run:
         self._media.close()
         _live.discard(self)
         done = done and self._sender.session.durable >= self._spool.last
+        memory = self._spool.memory_records if not done else 0
         self._spool.close()
+        if memory:
+            log.warning(
+                "rankgate: rank %s: %d records were in memory only (%s) and are lost",
+                self.rank,
+                memory,
+                self._spool.volatile,
+            )
         if done and files:
             self._mark_shipped()
         elif self._online and self._spool.directory:
@@ -455,7 +465,10 @@ def init(
     """
     _check(project, name, run, config, tags, gateway, rank, local_rank, world_size)
     environ = os.environ
-    mode = environ.get("RANKGATE_MODE", "live")
+    mode = environ.get("RANKGATE_MODE") or "live"
+    if mode not in MODES:
+        log.warning("rankgate: RANKGATE_MODE is one of %s, not %r; live is used", MODES, mode)
+        mode = "live"
     where = identity.place(environ, rank, local_rank, world_size)
     run_id = identity.run_id(environ, where, run)
     if mode == "disabled" or (rank is None and identity.in_worker_process()):
@@ -534,8 +547,12 @@ def _hook() -> None:
     def excepthook(
         kind: type[BaseException], error: BaseException, trace: TracebackType | None
     ) -> None:
-        for run in list(_live):
-            run._fail(kind, error, trace)
+        try:
+            if not hasattr(sys, "ps1"):  # at a prompt a typo ends nothing
+                for run in list(_live):
+                    run._fail(kind, error, trace)
+        except BaseException:  # noqa: S110 - another Ctrl-C, say: the user's own trace comes first
+            pass
         before(kind, error, trace)
 
     sys.excepthook = excepthook

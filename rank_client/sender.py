@@ -22,7 +22,8 @@ TICK_MAX_SECONDS = 0.2
 CLOSING_TICK_SECONDS = 0.005
 SYNC_SECONDS = 1.0
 ABSENT_WARN_SECONDS = 10.0
-START_RETRY_SECONDS = 5.0
+START_RETRY_SECONDS = 0.5
+STUCK_SECONDS = 2.0  #: a link that takes nothing for so long has nobody at its end
 START_RETRY_MAX_SECONDS = 60.0
 
 Warn = Callable[[str, str], None]
@@ -35,6 +36,7 @@ class Carrier:
         self.session = session
         self.link = link
         self._outbox: deque[bytes] = deque()
+        self._stuck_since = 0.0
 
     def step(self, now: float) -> None:
         """Take what came, send what is due."""
@@ -43,6 +45,11 @@ class Carrier:
         self._outbox.extend(self.session.tick(now))
         while self._outbox and self.link.send(self._outbox[0]):
             self._outbox.popleft()
+            self._stuck_since = now
+        if not self._outbox:
+            self._stuck_since = now
+        elif self.session.state == "open" and now - self._stuck_since > STUCK_SECONDS:
+            self.session.disconnected(now)
         if self.session.state != "open" and len(self._outbox) > 1:
             self._outbox.clear()  # frames of a session that is over
 

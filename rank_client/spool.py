@@ -341,6 +341,11 @@ class Spool:
         return self._ring[0][0] if self._ring else self.last + 1
 
     @property
+    def memory_records(self) -> int:
+        """How many records are in memory only."""
+        return len(self._ring)
+
+    @property
     def kept_bytes(self) -> int:
         sealed = sum(s.end[1] for s in self._segments if s.end)
         return sealed + (self._log_end[2] if self._log_end else 0) + self._ring_bytes

@@ -54,6 +54,9 @@ def tell_exit(
         link.wait(0.01)
     link.close()
     spool.close()
-    if session.state == "closed" and directory.is_dir():
-        (directory / "done").write_text(f"{(session.journal or b'').hex()} {session.durable}\n")
+    try:
+        if session.state == "closed" and directory.is_dir():
+            (directory / "done").write_text(f"{(session.journal or b'').hex()} {session.durable}\n")
+    except OSError:
+        pass  # it is shipped once more, and dropped as a duplicate
     return session.state == "closed"

@@ -25,6 +25,7 @@ COMMANDS = (
 INTERRUPTED = 130
 PIPE_CLOSED = 141
 OUR_FAULT = 70
+OS_TROUBLE = 74
 
 #: typer brings its own click in some versions; this is the base of its errors in each
 _CommandError: Any = typer.BadParameter.__mro__[2]
@@ -98,6 +99,9 @@ def run(arguments: list[str]) -> int:
         if isinstance(error.__context__, BrokenPipeError):
             return _pipe_closed()
         return error.code if isinstance(error.code, int) else 1
+    except OSError as error:
+        _tell(f"{error.filename or 'An operation on a file failed'}: {error.strerror or error}.")
+        return OS_TROUBLE
     except Exception as error:
         return _our_fault(error)
     return code if isinstance(code, int) else 0

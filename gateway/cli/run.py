@@ -7,6 +7,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Annotated
@@ -142,6 +143,7 @@ class Launch:
         if self.joined:
             return
         if not attach.served(self.root):
+            self._start_again()
             if not self._warned:
                 self._warned = True
                 say("NO GATEWAY ANSWERS; training goes on, its logs wait in the spool. Last words:")
@@ -149,6 +151,17 @@ class Launch:
             return
         if not self.quiet:
             self._tell_progress()
+
+    def _start_again(self) -> None:
+        """In a thread: whoever starts a gateway waits until it has the directory's lock."""
+
+        def start() -> None:
+            try:
+                attach.ensure(self.root, self.environ)
+            except OSError:
+                pass  # said when the command has ended
+
+        threading.Thread(target=start, daemon=True).start()
 
     def _tell_progress(self) -> None:
         live = read_json(self.root / "runs" / self.run / "live.json")

@@ -410,9 +410,9 @@ class _Making:
     def _rank_state(self, stream: StreamRow) -> str:
         if stream.status == "failed":
             return "failed"
-        if stream.ended:
+        if stream.status:
             return "finished"
-        if str(stream.hello.get("launch", "")) in self.about.launchers:
+        if stream.bye or str(stream.hello.get("launch", "")) in self.about.launchers:
             return "dead"
         if self.live:
             live = self._served(stream)
@@ -523,7 +523,8 @@ def newest_first(data_dir: Path) -> list[Path]:
     """The runs of a data directory, that with the newest news first."""
 
     def news(run: Path) -> int:
-        return max(_mtime_ns(run / n) for n in ("series.db-wal", "series.db", "live.json"))
+        # Not series.db: whoever reads it touches its log.
+        return max((_mtime_ns(p) for p in (run / "journal").glob("*.log")), default=0)
 
     return sorted(run_dirs(data_dir), key=news, reverse=True)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .lines import (
@@ -112,7 +113,7 @@ def _sinks(sinks: Sequence[SinkRow], width: int) -> list[str]:
         rows.append((s.sink, s.state, *(count(n) for n in numbers)))
     lines = _texts(columns(header, rows, "<<>>>>>"))
     for s in on:
-        note = clean(s.reason) or (f"offline export in {clean(s.export)}" if s.export else "")
+        note = clean(s.reason) or (f"offline export in {_near(s.export)}" if s.export else "")
         if not note and s.skipped:
             reasons = sorted(s.skipped_reasons.items(), key=lambda kv: -kv[1])
             note = "skipped: " + ", ".join(f"{count(n)} {clean(r)}" for r, n in reasons[:3])
@@ -122,6 +123,14 @@ def _sinks(sinks: Sequence[SinkRow], width: int) -> list[str]:
 
 
 # --- final values ------------------------------------------------------------
+
+
+def _near(path: str) -> str:
+    """A path as one would type it here."""
+    try:
+        return clean(str(Path(path).relative_to(Path.cwd())))
+    except (ValueError, OSError):
+        return clean(path)
 
 
 def _metrics(shown: Shown, room: int, width: int) -> list[str]:

@@ -227,6 +227,11 @@ class ClientSession:
             self._back_at = now + BACK_SECONDS
             self._go_back(back)
 
+    def disconnected(self, now: float) -> None:
+        """The link has nobody at its end: say HELLO to whoever comes."""
+        if self.state == "open":
+            self._restart(now)
+
     # --- turning back --------------------------------------------------------
 
     def _restart(self, now: float) -> None:

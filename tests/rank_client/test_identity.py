@@ -81,12 +81,19 @@ def test_the_run_of_a_process(environ: dict[str, str], expected: str) -> None:
     assert run_id(environ, place(environ), "said") == "said"
 
 
+def test_a_process_on_its_own_shares_its_run_with_nobody() -> None:
+    """Two scripts of one terminal are two runs."""
+    alone = place({})
+    assert run_id({}, alone, None) != run_id({}, alone, None)
+
+
 @pytest.mark.parametrize("elastic", [{}, {"TORCHELASTIC_RUN_ID": "none"}])
 def test_ranks_of_one_parent_share_a_run(elastic: dict[str, str]) -> None:
     """Without any id, processes of one parent find the same run, and it is a good run id."""
     code = (
         "import sys; from rank_client.identity import place, run_id; "
-        "print(run_id(dict(a.split('=') for a in sys.argv[1:]), place({}), None))"
+        "rank = {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '2'}; "
+        "print(run_id(dict(a.split('=') for a in sys.argv[1:]), place(rank), None))"
     )
     arguments = [f"{k}={v}" for k, v in elastic.items()]
     found = {
