@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import msgspec
 
@@ -86,4 +86,14 @@ def _convert(raw: Any, type_: type[Any], path: str, source: str) -> Any:
     except msgspec.ValidationError as error:
         text, _, where = str(error).partition(" - at `$")
         key = re.sub(r"[`$]", "", where)
-        raise BadConfig(f"{source}: {path}{key}: {text[0].lower()}{text[1:]}") from None
+        values = _choices(type_, key.lstrip("."))
+        hint = f"; it is one of {values}" if values else ""
+        raise BadConfig(f"{source}: {path}{key}: {text[0].lower()}{text[1:]}{hint}") from None
+
+
+def _choices(type_: type[Any], name: str) -> str:
+    """The values a key may have, where they are few."""
+    for found in msgspec.structs.fields(type_):
+        if found.name == name and get_origin(found.type) is Literal:
+            return ", ".join(repr(value) for value in get_args(found.type))
+    return ""

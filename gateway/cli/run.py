@@ -170,7 +170,8 @@ class Launch:
             step = max(s.get("step") or 0 for s in streams)
             stored = sum(s["durable"] for s in streams)
             silent = sum(s["silent"] for s in streams)
-            alive = f"{len(streams) - silent} ranks live"
+            ranks = len(streams) - silent
+            alive = f"{ranks} rank{'s' * (ranks != 1)} live"
             at = f"  step {step:,}" if step >= 0 else ""
             say(f"{alive}{at}  {stored:,} records stored")
 
@@ -233,7 +234,6 @@ class Launch:
 
 
 def _for_the_command(got: signal.struct_siginfo) -> bool:
-    """Ctrl-C in a terminal reaches the command by itself; passing it on would make it two."""
-    if got.si_signo == signal.SIGCHLD:
-        return False
-    return not (got.si_signo == signal.SIGINT and got.si_code == FROM_TERMINAL)
+    """What a terminal sends (Ctrl-C, say) reaches the command by itself; passing it on would
+    make it two."""
+    return got.si_signo != signal.SIGCHLD and got.si_code != FROM_TERMINAL

@@ -27,7 +27,7 @@ def assert_paragraph(result: tuple[int, str, str], *words: str) -> None:
         ("[sinks.clearm]\n", ["sinks.clearm", "sinks.clearml"]),
         ("[sinks.neptune]\nmod = 'offline'\n", ["sinks.neptune.mod", "sinks.neptune.mode"]),
         ("[gateway]\ndrain_seconds = 'soon'\n", ["gateway.drain_seconds", "expected"]),
-        ("[sinks.hub]\nprotocol = 'old'\n", ["sinks.hub.protocol", "invalid enum value"]),
+        ("[sinks.hub]\nprotocol = 'old'\n", ["sinks.hub.protocol", "one of 'platform', 'legacy'"]),
         ("[sinks]\nhub = 3\n", ["sinks.hub", "must be a table"]),
         ("[gateway\n", ["is not valid TOML"]),
         ("[gateway]\nbind = 'tcp://0.0.0.0:5717'\n", ["--insecure"]),
