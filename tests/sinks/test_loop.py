@@ -1,0 +1,197 @@
+"""The loop around every sink: retries, splitting, quarantine, receipts, and no item twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from gateway.rules.follow import rebuild
+from gateway.series.reader import Reader
+from gateway.sinks.base import Item, Off, Refused, Rows, Sent, Unavailable
+from gateway.sinks.loop import Loop
+from gateway.sinks.memory import MemorySink
+from gateway.sinks.process import run_info
+from gateway.sinks.retry import TOP_SECONDS, Backoff
+from gateway.sinks.store import Store, read_view
+from tests.build import RunBuilder
+
+Point = tuple[str, int, float]
+
+
+def points(items: Sequence[Item]) -> Counter[Point]:
+    return Counter(
+        (key, step, float(value))
+        for item in items
+        if isinstance(item, Rows)
+        for key, values in item.columns.items()
+        for step, value in zip(item.step.tolist(), values.tolist(), strict=True)
+    )
+
+
+def builder(tmp_path: Path, steps: int = 30) -> RunBuilder:
+    made = RunBuilder(tmp_path, "r1")
+    for rank in made.ranks(2):
+        rank.params({"lr": 0.1})
+        for step in range(steps):
+            rank.log({"loss": step + 0.5, "lr": 0.1}, step=step)
+            if step % 10 == 9:
+                rank.log({"acc": step / 100}, step=step).flush()
+        rank.text("done").media("best.pt", b"weights", what="checkpoint")
+        rank.end()
+    return made
+
+
+def want(steps: int = 30) -> Counter[Point]:
+    rows = [("loss", s, s + 0.5) for s in range(steps)] + [("lr", s, 0.1) for s in range(steps)]
+    return Counter(rows + [("acc", s, s / 100) for s in range(9, steps, 10)])
+
+
+class Driven:
+    """A loop on a run, with the sink's memory on disk; `again` begins a new life of it."""
+
+    def __init__(self, run_dir: Path, sink: MemorySink) -> None:
+        self.run_dir = run_dir
+        self.sink = sink
+        self.path = run_dir / "sinks" / "memory.db"
+        self.open()
+
+    def open(self) -> None:
+        self.store = Store(self.path)
+        self.reader = Reader(self.run_dir)
+        info = run_info(self.reader)
+        self.loop = Loop(self.reader, self.store, self.sink, info, Backoff(lambda: 0.0))
+
+    def close(self) -> None:
+        self.reader.close()
+        self.store.close()
+
+    def run(self) -> None:
+        for _ in range(100):
+            self.loop.step()
+            if self.loop.done or self.loop.off:
+                return
+        raise AssertionError("the loop does not end")
+
+    def check(self) -> None:
+        """delivered + skipped + quarantined = what the rules passed."""
+        view = read_view(self.path)
+        passed = sum(
+            n for name, n in self.reader.about().counters.items() if name.startswith("passed ")
+        )
+        assert view.delivered + sum(view.skipped.values()) + view.quarantined == passed
+
+
+def test_everything_that_passed_is_delivered_once(tmp_path: Path) -> None:
+    """Rank 0's items, in order, then the run's end."""
+    driven = Driven(builder(tmp_path).close(), MemorySink())
+    driven.run()
+    assert points(driven.sink.received) == want()
+    assert {item.rank for item in driven.sink.received} == {0}
+    assert driven.sink.closed == [("completed", "")]
+    driven.check()
+
+
+def test_an_unavailable_backend_gets_the_same_batch_again(tmp_path: Path) -> None:
+    """After a failure the batch comes again, marked so, and nothing is delivered twice."""
+    sink = MemorySink()
+    sink.faults = [Unavailable("503"), ConnectionError("cut"), Unavailable("429", 7.0)]
+    driven = Driven(builder(tmp_path).close(), sink)
+    waits = [driven.loop.step() for _ in range(3)]
+    assert waits[2] >= 7.0
+    assert read_view(driven.path).state == "retrying"
+    driven.run()
+    assert points(sink.received) == want()
+    assert sink.again[0] is True
+    driven.check()
+
+
+class Picky(MemorySink):
+    """Refuses every batch that holds one certain point."""
+
+    def send(self, batch: Sequence[Item], again: bool) -> Sent:
+        if ("loss", 13, 13.5) in points(batch):
+            raise Refused("not this one")
+        return super().send(batch, again)
+
+
+def test_one_bad_point_is_kept_aside_and_the_rest_goes_on(tmp_path: Path) -> None:
+    """A refused batch is halved down to the point, which is quarantined with its reason."""
+    driven = Driven(builder(tmp_path).close(), Picky())
+    driven.run()
+    assert points(driven.sink.received) == want() - Counter([("loss", 13, 13.5)])
+    assert read_view(driven.path).quarantined == 1
+    [(what, reason)] = driven.store.db.execute("SELECT what, reason FROM quarantine").fetchall()
+    assert what == "loss step 13 rank 0"
+    assert reason == "not this one"
+    driven.check()
+
+
+def test_a_sink_that_cannot_work_here_says_why(tmp_path: Path) -> None:
+    """Off ends the loop, with the text for people."""
+    sink = MemorySink()
+    sink.faults = [Off("no key: set KEY")]
+    driven = Driven(builder(tmp_path).close(), sink)
+    driven.run()
+    assert driven.loop.off == "no key: set KEY"
+    view = read_view(driven.path)
+    assert (view.state, view.reason) == ("off", "no key: set KEY")
+
+
+@pytest.mark.parametrize("rebuilt", [False, True])
+def test_a_new_life_sends_nothing_twice(tmp_path: Path, rebuilt: bool) -> None:
+    """After a restart, and after the series was built anew, only what is new is sent."""
+    made = RunBuilder(tmp_path, "r1")
+    rank = made.rank(0)
+    for step in range(10):
+        rank.log({"loss": float(step)}, step=step)
+    driven = Driven(made.close(), MemorySink())
+    for _ in range(3):
+        driven.loop.step()
+    driven.close()
+    for step in range(10, 20):
+        rank.log({"loss": float(step)}, step=step)
+    rank.end()
+    made.close()
+    if rebuilt:
+        for path in driven.run_dir.glob("series.db*"):
+            path.unlink()
+        rebuild(driven.run_dir)
+    driven.open()
+    driven.run()
+    assert points(driven.sink.received) == Counter(("loss", s, float(s)) for s in range(20))
+    driven.check()
+
+
+def test_a_death_between_delivery_and_receipt_is_told_to_the_sink(tmp_path: Path) -> None:
+    """The batch of an intent without a receipt comes again, marked so."""
+
+    class Killed(MemorySink):
+        def send(self, batch: Sequence[Item], again: bool) -> Sent:
+            super().send(batch, again)
+            raise SystemExit  # the process dies with the answer in its hands
+
+    sink = Killed()
+    driven = Driven(builder(tmp_path).close(), sink)
+    with pytest.raises(SystemExit):
+        driven.loop.step()
+    driven.close()
+    driven.sink = MemorySink()
+    driven.open()
+    driven.run()
+    assert driven.sink.again[0] is True
+    assert points(driven.sink.received) == want()
+    driven.check()
+
+
+def test_waits_grow_to_five_minutes_and_never_end() -> None:
+    """Doubling with jitter; what the backend asks for is the least."""
+    backoff = Backoff(lambda: 0.5)
+    waits = [backoff.next_seconds() for _ in range(20)]
+    assert waits[:3] == [0.5, 1.0, 2.0]
+    assert waits[-1] == TOP_SECONDS
+    assert backoff.next_seconds(1000.0) == 1000.0
+    backoff.reset()
+    assert backoff.next_seconds() == 0.5
