@@ -91,6 +91,7 @@ class Launch:
         }
         self._told_at = time.monotonic()
         self._warned = False
+        self._stored: dict[str, int] = {}
 
     # --- before --------------------------------------------------------------
 
@@ -168,7 +169,8 @@ class Launch:
         streams = [s for s in live.get("streams", ()) if s["kind"] == "live" and not s["ended"]]
         if streams:
             step = max(s.get("step") or 0 for s in streams)
-            stored = sum(s["durable"] for s in streams)
+            self._stored |= {s["stream"]: s["durable"] for s in live["streams"]}
+            stored = sum(self._stored.values())  # of those that have ended, too
             silent = sum(s["silent"] for s in streams)
             ranks = len(streams) - silent
             alive = f"{ranks} rank{'s' * (ranks != 1)} live"
