@@ -21,7 +21,7 @@ demo: $(STAMP)
 	@mkdir -p .rankgate
 	@PATH="$(abspath $(BIN)):$$PATH" RANKGATE_CONFIG=examples/demo.toml OMP_NUM_THREADS=1 \
 	  rankgate run -- torchrun --standalone --nproc-per-node 4 examples/digits.py
-	@echo "(the command is $(BIN)/rankgate; for its short name: source $(BIN)/activate)"
+	@echo "(the command is $(BIN)/rankgate, or: source $(BIN)/activate)"
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest -q
