@@ -37,4 +37,4 @@ bench: $(STAMP)
 	@$(BIN)/python -m bench --out bench/out/bench.json
 
 clean:
-	rm -rf $(VENV) bench/.venv-bench .rankgate best.pt bench/out build dist *.egg-info .mypy_cache .ruff_cache
+	rm -rf $(VENV) bench/.venv-bench .rankgate bench/out build dist *.egg-info .mypy_cache .ruff_cache

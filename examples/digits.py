@@ -3,6 +3,7 @@
 torchrun --standalone --nproc-per-node 4 examples/digits.py
 """
 
+import tempfile
 import time
 
 import numpy as np
@@ -63,7 +64,7 @@ def main() -> None:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 0.1, epochs=CONFIG["epochs"], steps_per_epoch=len(loader)
     )
-    best, step = 0.0, 0
+    best, step, folder = 0.0, 0, tempfile.TemporaryDirectory()
     for epoch in range(CONFIG["epochs"]):
         sampler.set_epoch(epoch)
         for batch, (images, labels) in enumerate(loader):
@@ -85,10 +86,10 @@ def main() -> None:
             run.log(metrics, step=step)
             step += 1
         run.log_text(f"epoch {epoch}: accuracy {accuracy:.3f} on {len(val)} pictures", step=step)
-        if accuracy > best and rank == 0:
+        if accuracy > best:
             best = accuracy
-            torch.save(model.module.state_dict(), "best.pt")
-            run.log_checkpoint("best.pt", best=True, metrics={"accuracy": accuracy}, step=step)
+            torch.save(model.module.state_dict(), f"{folder.name}/best.pt")
+            run.log_checkpoint(f"{folder.name}/best.pt", best=True, step=step)
     run.log_image("val/confusion", picture(matrix), step=step)
     dist.destroy_process_group()
 

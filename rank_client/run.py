@@ -128,6 +128,7 @@ class Run:
     def log_text(self, text: str, level: str = "info", step: int | None = None) -> None:
         """Log a line of text."""
         if self._dead:
+            self._late()
             return
         try:
             text, stamp = str(text), time.time_ns()
@@ -148,6 +149,7 @@ class Run:
 
     def _log_map(self, name: str, kind: Kind, values: Mapping[str, Any]) -> None:
         if self._dead:
+            self._late()
             return
         try:
             stamp = time.time_ns()
@@ -401,6 +403,7 @@ class Run:
 
     def _guard(self, name: str, call: Callable[[], None]) -> None:
         if self._dead:
+            self._late()
             return
         try:
             call()

@@ -258,6 +258,9 @@ class Ingest:
             _mark(journal)
             journal.close()
         self.socket.close(200)
+        for address in self.addresses:  # ours until this process lets go of its lock
+            if address.startswith("ipc://"):
+                Path(address[6:]).unlink(missing_ok=True)
 
 
 def _mark(journal: Journal) -> None:

@@ -88,7 +88,7 @@ def test_one_bad_series_stops_no_other_run(tmp_path: Path) -> None:
 
 
 def test_a_socket_whose_path_was_removed(tmp_path: Path) -> None:
-    """Ingest listens again where its socket was, and new ranks find it."""
+    """Ingest listens again where its socket was, new ranks find it, and it goes at the end."""
     with Job(tmp_path) as job:
         job.serve()
         path = Path(ipc_address(job.data).removeprefix("ipc://"))
@@ -97,6 +97,8 @@ def test_a_socket_whose_path_was_removed(tmp_path: Path) -> None:
         one_run(job)
         job.drain()
         job.assert_all_there()
+        job.stop_gateway(signal.SIGTERM)
+        assert not path.exists()  # nothing is left when the gateway has
 
 
 def test_a_deleted_directory_ends_its_gateway(tmp_path: Path) -> None:

@@ -397,3 +397,16 @@ def test_what_was_logged_survives_a_kill(tmp_path: Path) -> None:
     assert out.returncode == -9
     [directory] = (tmp_path / "spool" / "r").iterdir()
     assert [w.step for w in on_disk(directory)] == list(range(500))
+
+
+@pytest.mark.parametrize("call", ["log", "log_text", "log_params", "log_table"])
+def test_what_is_logged_after_finish_is_said(
+    call: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every kind of call after `finish` says, once, that it does nothing; none raises."""
+    monkeypatch.setenv("RANKGATE_MODE", "offline")
+    run = rank_client.init(run="late")
+    run.finish()
+    for _ in range(2):
+        getattr(run, call)(*(("t", [[1]]) if call == "log_table" else ({"a": 1},)))
+    assert caplog.text.count("log after finish does nothing") == 1
