@@ -7,7 +7,6 @@ no queue between them. When the disk refuses, a bounded memory ring takes over a
 
 from __future__ import annotations
 
-import fcntl
 import os
 import struct
 import threading
@@ -111,18 +110,9 @@ class Spool:
         if self.directory is None:
             raise OSError("no directory")
         self._disk.make_dir(self.directory)
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        # A POSIX lock, not flock: a forked child would keep a flock alive after our death.
-        # Opened once: closing any other descriptor of the file would drop the lock.
-        fd = os.open(f"{self.directory}/lock", flags, 0o600)
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(fd)
-            raise
-        self._lock_fd = fd
-        self._counts_fd = os.open(f"{self.directory}/counts", flags, 0o600)
-        os.pwrite(self._counts_fd, bytes(4096), 0)
+        self._lock_fd = self._disk.lock(f"{self.directory}/lock")
+        self._counts_fd = self._disk.open_edit(f"{self.directory}/counts")
+        self._disk.write_at(self._counts_fd, bytes(4096), 0)
         self._roll()
 
     def _opening(self) -> list[bytes]:
@@ -296,7 +286,7 @@ class Spool:
         if self._counts_fd >= 0:
             try:
                 packed = COUNTS.pack(sum(self.refused.values()), self.bad_values)
-                os.pwrite(self._counts_fd, packed, 0)
+                self._disk.write_at(self._counts_fd, packed, 0)
             except OSError:
                 pass  # the numbers are still told by LOSS records and pings
 
@@ -372,7 +362,7 @@ class Spool:
             segment = self._segments[following]
             at = segment.marks[0][1]
         number, offset = self._cut(segment, at, end, max_bytes)
-        data = os.pread(self._fd(segment), offset - at, at)
+        data = self._disk.pread(self._fd(segment), offset - at, at)
         if len(data) != offset - at:
             return 0, b""  # somebody cut our file: what is gone is told as a gap
         self._at = (segment, number, offset)
@@ -404,7 +394,7 @@ class Spool:
         end = segment.end[1] if segment.end else newest[2] if segment is newest[0] else at
         size = end - at
         start = at
-        for head in walk(os.pread(self._fd(segment), size, start)):
+        for head in walk(self._disk.pread(self._fd(segment), size, start)):
             if head.kind not in UNNUMBERED:
                 if head.seq >= first:
                     break

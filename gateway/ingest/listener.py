@@ -47,7 +47,7 @@ class RunStore:
         self.open: dict[str, Journal] = {}
         self.ends: dict[str, int] = {}  #: last entry of the journals that were closed
         self._needed: dict[str, float] = {}
-        self._disk = OsDisk()
+        self.disk = OsDisk()
 
     def directory(self, run: str) -> Path:
         return self.root / "runs" / run
@@ -57,7 +57,7 @@ class RunStore:
         if found is None:
             directory = self.directory(run)
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = Journal(self._disk, str(directory / "journal"), os.urandom(16))
+            found = Journal(self.disk, str(directory / "journal"), os.urandom(16))
             if found.seq == 0:
                 found.append_map(Kind.RULES, time.time_ns(), {"rules": Gate().as_maps()})
             for text in found.damage:

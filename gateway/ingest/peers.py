@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rank_client.wire import frames
+from rank_client.wire.disk import Disk
 from rank_client.wire.frames import BadFrame, Type
 from rank_client.wire.keys import valid_run_id
 from rank_client.wire.records import MAX_DEPTH, BadRecord, Kind, check_nesting
@@ -33,6 +34,8 @@ Reply = tuple[bytes, bytes]  #: (peer, frame)
 class Runs(Protocol):
     """Gives the journal of a run, opening or making it."""
 
+    @property
+    def disk(self) -> Disk: ...
     def journal(self, run: str) -> Journal: ...
     def directory(self, run: str) -> Path: ...
 
@@ -237,7 +240,11 @@ class Peers:
         stream = Stream(id_, run, kind, journal, peer, now_ns)
         if kind == "blob":
             stream.blob = Blob.open(
-                run, self._runs.directory(run), body.get("sha256"), body.get("size")
+                self._runs.disk,
+                run,
+                self._runs.directory(run),
+                body.get("sha256"),
+                body.get("size"),
             )
             stream.durable = stream.blob.high_water
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from typing import Protocol
 
@@ -14,13 +15,18 @@ class Disk(Protocol):
     def create(self, path: str) -> int: ...
     def open_append(self, path: str) -> int: ...
     def open_read(self, path: str) -> int: ...
+    def open_edit(self, path: str) -> int: ...
+    def lock(self, path: str) -> int: ...
     def write(self, fd: int, data: bytes | bytearray | memoryview) -> int: ...
+    def write_at(self, fd: int, data: bytes | memoryview, at: int) -> int: ...
     def pread(self, fd: int, size: int, at: int) -> bytes: ...
     def size(self, fd: int) -> int: ...
     def truncate(self, fd: int, size: int) -> None: ...
     def sync(self, fd: int) -> None: ...
     def sync_dir(self, path: str) -> None: ...
     def close(self, fd: int) -> None: ...
+    def exists(self, path: str) -> bool: ...
+    def rename(self, path: str, to: str) -> None: ...
     def unlink(self, path: str) -> None: ...
 
 
@@ -28,10 +34,13 @@ class OsDisk:
     """The real disk. Files are 0600, directories 0700: logs may hold what others must not read."""
 
     write = staticmethod(os.write)
+    write_at = staticmethod(os.pwrite)
     pread = staticmethod(os.pread)
     truncate = staticmethod(os.ftruncate)
     sync = staticmethod(os.fdatasync)
     close = staticmethod(os.close)
+    exists = staticmethod(os.path.exists)
+    rename = staticmethod(os.rename)
     unlink = staticmethod(os.unlink)
     names = staticmethod(os.listdir)
 
@@ -47,6 +56,24 @@ class OsDisk:
 
     def open_read(self, path: str) -> int:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+    def open_edit(self, path: str) -> int:
+        """For reading and writing anywhere; made when it is not there."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+    def lock(self, path: str) -> int:
+        """Hold a file for as long as this process lives. Raises OSError when another holds it.
+
+        A POSIX lock, not flock: a forked child would keep a flock alive after our death. Opened
+        once: closing any other descriptor of the file would drop the lock.
+        """
+        fd = self.open_edit(path)
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
 
     def size(self, fd: int) -> int:
         return os.fstat(fd).st_size

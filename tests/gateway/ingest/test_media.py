@@ -11,6 +11,7 @@ import pytest
 
 from gateway.ingest.media import CHUNK_BYTES, BadBlob, Blob, blob_path
 from rank_client import media as client
+from rank_client.wire.disk import OsDisk
 
 CONTENT = os.urandom(2 * CHUNK_BYTES + 100)
 
@@ -24,7 +25,7 @@ def chunks(content: bytes) -> list[bytes]:
 
 
 def opened(tmp_path: Path, content: bytes = CONTENT) -> Blob:
-    return Blob.open("r", tmp_path, sha(content), len(content))
+    return Blob.open(OsDisk(), "r", tmp_path, sha(content), len(content))
 
 
 def test_both_sides_cut_alike() -> None:
@@ -79,7 +80,7 @@ def test_a_file_that_is_there_is_not_taken_again(tmp_path: Path) -> None:
 def test_a_lie_about_the_hash_leaves_nothing(tmp_path: Path) -> None:
     """Bytes that do not have the announced hash are refused and removed, and the right ones can
     be sent afterwards."""
-    blob = Blob.open("r", tmp_path, sha(CONTENT), 5)
+    blob = Blob.open(OsDisk(), "r", tmp_path, sha(CONTENT), 5)
     blob.write(b"wrong")
     with pytest.raises(BadBlob, match="sha256"):
         blob.finish()
@@ -128,7 +129,7 @@ def test_nothing_goes_beyond_the_end(tmp_path: Path) -> None:
 def test_announcements_that_make_no_sense(tmp_path: Path, sha256: Any, size: Any) -> None:
     """What is no sha256 or no size is refused before anything is made, so no name is a path."""
     with pytest.raises(BadBlob):
-        Blob.open("r", tmp_path, sha256, size)
+        Blob.open(OsDisk(), "r", tmp_path, sha256, size)
     assert list(tmp_path.iterdir()) == []
 
 

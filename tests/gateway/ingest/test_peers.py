@@ -17,6 +17,7 @@ from gateway.ingest.peers import CREDIT_FLOOR_BYTES, CREDIT_TOP_BYTES, GONE_NS, 
 from gateway.journal.reader import Entry
 from gateway.journal.writer import Journal
 from rank_client.wire import frames
+from rank_client.wire.disk import OsDisk
 from rank_client.wire.frames import Control, Type
 from rank_client.wire.records import Kind, unpack_map
 from rank_client.wire.session import ClientSession
@@ -31,6 +32,8 @@ SECOND = 10**9
 
 class Gateway:
     """Peers over journals in memory; files go to `root`."""
+
+    disk = OsDisk()
 
     def __init__(self, root: Path, budget_bytes: int = 1 << 30) -> None:
         self.root = root
