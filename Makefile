@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test check bench clean setup
+.PHONY: demo test check bench clean setup simulate mutants fuzz crashpoints kill kill-sinks proxy outage copies overhead
 
 # torch by its exact version and on its own: only so is the CPU build found.
 $(STAMP): pyproject.toml constraints.txt
@@ -35,6 +35,17 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	@$(BIN)/python -m bench --out bench/out/bench.json
+
+# A whole job in one process: SEED=n plays one history again, with its trace.
+simulate: $(STAMP)
+	@$(BIN)/python -m tests.simulator $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),10000))
+
+mutants: $(STAMP)
+	@$(BIN)/python -m tests.simulator --mutants
+
+# Trials with real processes; SEED=n plays one again.
+overhead kill kill-sinks proxy outage copies fuzz crashpoints: $(STAMP)
+	@$(BIN)/python -m tests.trials.$(subst -,_,$@) $(if $(SEED),--seed $(SEED))
 
 clean:
 	rm -rf $(VENV) bench/.venv-bench .rankgate bench/out build dist *.egg-info .mypy_cache .ruff_cache

@@ -31,11 +31,15 @@ def served(root: Path) -> bool:
 
 
 def ensure(
-    root: Path, environ: Mapping[str, str], config: str = "", sinks: tuple[str, ...] = ()
+    root: Path,
+    environ: Mapping[str, str],
+    config: str = "",
+    sinks: tuple[str, ...] = (),
+    bind: str = "",
 ) -> None:
     """Start a gateway unless there is one; does not wait for it. Raises OSError."""
     if not locked(root / "gateway.lock", LOCK_GATEWAY):
-        start_gateway(root, environ, config, sinks)
+        start_gateway(root, environ, config, sinks, bind)
 
 
 def wait_served(root: Path, seconds: float = START_SECONDS) -> bool:
@@ -55,6 +59,29 @@ def wait_fresh(root: Path, seconds: float = START_SECONDS) -> bool:
             return False
         time.sleep(POLL_SECONDS / 2)
     return True
+
+
+def runs(root: Path) -> bool:
+    """Does some process hold this directory, whether it answers yet or not?"""
+    return locked(root / "gateway.lock", LOCK_GATEWAY)
+
+
+def network_address(root: Path) -> str:
+    """Where other nodes reach the directory's gateway, empty when they cannot."""
+    where = read_json(root / "gateway.json").get("addresses", ())
+    return next((a for a in where if a.startswith("tcp://")), "")
+
+
+def wait_network_address(root: Path, seconds: float) -> str:
+    """From another node that sees the directory: of a gateway that has given a sign of life
+    since we look, as the clocks of two nodes differ."""
+    path, deadline = root / "ingest.json", time.monotonic() + seconds
+    before = read_json(path).get("at_ns")
+    while time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+        if read_json(path).get("at_ns") != before and (found := network_address(root)):
+            return found
+    return ""
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 
@@ -16,9 +16,15 @@ from .sinks.registry import CONFIGS, SinkConfig
 class GatewayConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """`[gateway]`."""
 
-    bind: str = "ipc"  #: "ipc", or "tcp://ADDRESS:PORT"
+    bind: str = "ipc"  #: "ipc", "tcp" (the way to MASTER_ADDR), or "tcp://ADDRESS:PORT"
+    keyfile: str = ""  #: for tcp; relative to this file. Empty: one in the data directory
     drain_seconds: float = 60.0  #: how long the sinks may take after the last rank has gone
-    budget_mib: int = 128  #: of events on their way in memory, over all ranks
+    #: MiB of events on their way in memory, over all ranks
+    budget_mib: Annotated[int, msgspec.Meta(ge=1)] = 128
+    #: MiB of the disk that stay free: below that nothing is taken until there is more room
+    reserve_mib: Annotated[int, msgspec.Meta(ge=0)] = 256
+    #: GiB that a run's journal and files may fill; 0: the whole disk
+    run_quota_gib: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     max_sink_processes: int = 8
 
 
@@ -44,7 +50,16 @@ def load(path: Path | None, extra_sinks: tuple[str, ...] = ()) -> Config:
             raise BadConfig(f"cannot read the config {path}: {error.strerror}") from None
         except (msgspec.DecodeError, ValueError) as error:
             raise BadConfig(f"{path} is not valid TOML: {error}") from None
-    return build(raw, source, extra_sinks)
+    config = build(raw, source, extra_sinks)
+    if path is None or not config.gateway.keyfile:
+        return config
+    return with_gateway(config, keyfile=str(path.absolute().parent / config.gateway.keyfile))
+
+
+def with_gateway(config: Config, **changes: Any) -> Config:
+    """The same config with other values in `[gateway]`."""
+    gateway = msgspec.structs.replace(config.gateway, **changes)
+    return msgspec.structs.replace(config, gateway=gateway)
 
 
 def build(raw: dict[str, Any], source: str, extra_sinks: tuple[str, ...] = ()) -> Config:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from threading import Lock
+from itertools import count
 from typing import Any
 
 from .values import scalar
@@ -45,12 +45,16 @@ def begin_copy(tensors: list[Any]) -> tuple[Callable[[], bool], Callable[[], lis
 
 
 class Deferral:
-    """The calls that wait for a device, oldest first, at most `MAX_PENDING`."""
+    """The calls that wait for a device, oldest first, at most `MAX_PENDING`.
+
+    Without a lock, as a signal handler may log while its own thread is in here: each step is one
+    call of a dict, and of two threads that find a call ready, one gets it.
+    """
 
     def __init__(self, begin: BeginCopy = begin_copy) -> None:
         self._begin = begin
-        self._lock = Lock()
-        self._calls: list[tuple[int, int, dict[str, Any], list[str], Any, Any]] = []
+        self._numbers = count()
+        self._calls: dict[int, tuple[int, int, dict[str, Any], list[str], Any, Any]] = {}
 
     @property
     def pending(self) -> int:
@@ -61,27 +65,23 @@ class Deferral:
         if len(self._calls) >= MAX_PENDING:
             return False
         ready, values = self._begin(list(waiting.values()))
-        with self._lock:
-            self._calls.append((step, wall_ns, good, list(waiting), ready, values))
+        self._calls[next(self._numbers)] = (step, wall_ns, good, list(waiting), ready, values)
         return True
 
     def ready(self) -> Iterator[tuple[int, int, dict[str, Any], dict[str, str]]]:
         """(step, wall_ns, values, bad) of each call whose values are here; `bad` says why not."""
-        done: list[tuple[Any, str]] = []
-        waiting: list[Any] = []
-        with self._lock:
-            for call in self._calls:
-                try:
-                    if call[4]():
-                        done.append((call, ""))
-                    else:
-                        waiting.append(call)
-                except Exception as error:  # the device has failed: its values will never come
-                    done.append((call, str(error) or type(error).__name__))
-            self._calls[:] = waiting
-        for (step, wall_ns, good, keys, _, values), failure in done:
+        for number, (step, wall_ns, good, keys, ready, values) in list(self._calls.items()):
+            failure, hosts = "", []
+            try:
+                if not ready():
+                    continue
+                hosts = values()
+            except Exception as error:  # the device has failed: its values will never come
+                failure = str(error) or type(error).__name__
+            if self._calls.pop(number, None) is None:
+                continue
             result, bad = dict(good), dict.fromkeys(keys, failure) if failure else {}
-            for key, host in () if failure else zip(keys, values(), strict=True):
+            for key, host in () if failure else zip(keys, hosts, strict=True):
                 try:
                     result[key] = scalar(host)
                 except Exception as error:  # a device error surfaces here, in our thread
@@ -89,7 +89,7 @@ class Deferral:
             yield step, wall_ns, result, bad
 
     def drop(self) -> int:
-        with self._lock:
-            dropped = len(self._calls)
-            self._calls.clear()
+        dropped = 0
+        for number in list(self._calls):
+            dropped += self._calls.pop(number, None) is not None
         return dropped

@@ -134,12 +134,11 @@ def run_id(environ: Mapping[str, str], where: Place, explicit: str | None) -> st
 
 
 def launch(environ: Mapping[str, str]) -> str:
-    """One launch of the whole group: from the wrapper, else the launcher's own id."""
-    return (
-        environ.get("RANKGATE_LAUNCH")
-        or environ.get("SLURM_JOB_ID", "") + environ.get("TORCHELASTIC_RUN_ID", "")
-        or agent()
-    )
+    """One launch of the whole group: from the wrapper, else the launcher's own id. A requeued
+    job of Slurm's keeps its id and is another launch."""
+    requeued = _number(environ, "SLURM_RESTART_COUNT")
+    job = environ.get("SLURM_JOB_ID", "") + (f"+{requeued}" if requeued else "")
+    return environ.get("RANKGATE_LAUNCH") or job + environ.get("TORCHELASTIC_RUN_ID", "") or agent()
 
 
 def in_worker_process() -> bool:
@@ -147,9 +146,20 @@ def in_worker_process() -> bool:
     process = sys.modules.get("multiprocessing.process")
     if process is not None and process.parent_process() is not None:
         return True
+    return _in_data_loader()
+
+
+def _in_data_loader() -> bool:
     data = sys.modules.get("torch.utils.data")
     info = getattr(data, "get_worker_info", None)
     return info is not None and info() is not None
+
+
+def could_be_rank(environ: Mapping[str, str]) -> bool:
+    """A child of multiprocessing that may be meant as a rank, as under `torch.multiprocessing`:
+    a rank's variables are set, and it is no DataLoader worker."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")
+    return any(name in environ for name in names) and not _in_data_loader()
 
 
 def attributes(environ: Mapping[str, str], where: Place) -> dict[str, object]:
@@ -164,6 +174,7 @@ def attributes(environ: Mapping[str, str], where: Place) -> dict[str, object]:
         or _number(environ, "SLURM_RESTART_COUNT")
         or 0,
         "agent": agent(),
+        "group": _number(environ, "GROUP_RANK") or 0,
         "node": socket.gethostname(),
         "boot": boot_id(),
         "pid": os.getpid(),

@@ -15,13 +15,13 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from .link import Link
 from .sender import Carrier, Warn, jitter
 from .spool import Spool
 from .wire.records import Kind
-from .wire.session import ClientSession
+from .wire.session import ClientSession, Source
 
 CHUNK_BYTES = 256 << 10
 COPY_TRIES = 3
@@ -56,19 +56,30 @@ class FileSource:
         os.close(self._fd)
 
 
-def blob_session(source: FileSource, run: str, stream: bytes, media: int) -> ClientSession:
+class Chunks(Source, Protocol):
+    """What a file is to its session: number n is the n-th chunk of its bytes."""
+
+    @property
+    def sha256(self) -> str: ...
+    @property
+    def size_bytes(self) -> int: ...
+
+
+def blob_session(
+    source: Chunks, run: str, stream: bytes, media: int, random: Callable[[], float] = jitter
+) -> ClientSession:
     """The session that carries a file; its id follows from the content, so two senders agree."""
     blob = hashlib.sha256(f"{run}:{source.sha256}".encode()).digest()[:16]
+    which = {"of": stream, "media": media}
     hello = {
         "kind": "blob",
         "run": run,
-        "of": stream,
-        "media": media,
+        **which,
         "sha256": source.sha256,
         "size": source.size_bytes,
     }
-    session = ClientSession(blob, lambda: hello, source, jitter)
-    session.end({})
+    session = ClientSession(blob, lambda: hello, source, random)
+    session.end(which)  # said again: others may bring the same bytes for a record of their own
     return session
 
 
@@ -83,6 +94,8 @@ def send_file(
             carrier.step(time.monotonic())
             if carrier.session.state in ("closed", "rejected"):
                 break
+            if link.refused():
+                raise ConnectionError("the gateway refuses the connection")
             link.wait(0.02)
         if carrier.session.state == "rejected":
             raise OSError(f"the gateway refuses {path.name}: {carrier.session.reject_reason}")
@@ -122,6 +135,14 @@ def _copied(before: os.stat_result, target: Path) -> tuple[int, int, int]:
     return target.stat().st_size, before.st_mtime_ns, before.st_ino
 
 
+def _bytes_in(directory: Path) -> int:
+    """What the files wait there that are not sent yet."""
+    try:
+        return sum(entry.stat().st_size for entry in os.scandir(directory))
+    except OSError:
+        return 0  # none was logged yet, or one was sent just now
+
+
 class MediaSender:
     """Queue of files of one stream. `add` never waits; the bytes stand in `directory`."""
 
@@ -133,6 +154,7 @@ class MediaSender:
         spool: Spool,
         connect: Callable[[], Link | None],
         warn: Warn,
+        clean: Callable[[str], str] = str,
     ) -> None:
         self._directory = directory
         self._run = run
@@ -140,6 +162,7 @@ class MediaSender:
         self._spool = spool
         self._connect = connect
         self._warn = warn
+        self._clean = clean  #: takes secrets out of the text of an error
         self._jobs: deque[Job] = deque()
         self._wake = threading.Condition()
         self._stop = threading.Event()
@@ -149,6 +172,8 @@ class MediaSender:
 
     def add(self, body: dict[str, Any], make: Callable[[Path], None], now: bool) -> None:
         """Write the MEDIA record, then have `make(path)` write the bytes (`now`: in this call)."""
+        if not self._spool.admit_file(_bytes_in(self._directory)):
+            return
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         part = self._directory / f".{os.urandom(6).hex()}"
         if now:
@@ -198,6 +223,9 @@ class MediaSender:
         pause = RETRY_SECONDS
         while not self._stop.is_set():
             with self._wake:
+                if not self._jobs and link:  # nobody would ask it whether it is refused
+                    link.close()
+                    link = None
                 while not self._jobs and not self._stop.is_set():
                     self._wake.wait(1.0)
                 if self._stop.is_set():
@@ -216,6 +244,9 @@ class MediaSender:
             except Exception as error:  # nothing may escape into the training process
                 self._warn("media", f"sending a file failed ({error!r}); it is tried again")
                 sent = False
+                if link:
+                    link.close()
+                    link = None
             if sent:
                 pause = RETRY_SECONDS
                 with self._wake:
@@ -248,7 +279,7 @@ class MediaSender:
                 self._wake.notify_all()
 
     def _lose(self, number: int, reason: str, error: Exception) -> None:
-        text = str(error)[:500]
+        text = self._clean(str(error))[:500]
         body = {"n": 0, "media": number, "reason": reason, "text": text}
         self._spool.append_map(Kind.LOSS, body)
         self._warn(reason, f"a file could not be kept: {text}")

@@ -87,11 +87,16 @@ def gateway_command(*arguments: str) -> list[str]:
 
 
 def start_gateway(
-    directory: Path, environ: Mapping[str, str], config: str = "", sinks: Sequence[str] = ()
+    directory: Path,
+    environ: Mapping[str, str],
+    config: str = "",
+    sinks: Sequence[str] = (),
+    bind: str = "",
 ) -> bool:
     """Start one detached, unless another process is just doing so. Raises OSError.
 
-    `config` is a TOML file, `sinks` are `NAME[=offline]`; neither changes a gateway that runs.
+    `config` is a TOML file, `sinks` are `NAME[=offline]`, `bind` is where else to listen than on
+    this node; none of them changes a gateway that runs.
 
     Elected by a lock on gateway.lock; the gateway takes its own byte of it, so that a start that
     comes too late simply leaves.
@@ -106,7 +111,7 @@ def start_gateway(
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, LOCK_STARTER)
         with (directory / "gateway.log").open("ab") as log:
             process = subprocess.Popen(
-                gateway_command("detached", str(directory), config or configured, *sinks),
+                gateway_command("detached", str(directory), config or configured, bind, *sinks),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

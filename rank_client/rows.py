@@ -36,16 +36,16 @@ _ROW = int(Kind.ROW)
 class _Packer:
     """A schema's ready-made row: buffer, its view without the checksum, and the packing call."""
 
-    __slots__ = ("before", "buf", "id", "into", "size", "tail")
+    __slots__ = ("buf", "id", "into", "size", "tail", "untold")
 
-    def __init__(self, schema: Schema, before: bytes) -> None:
+    def __init__(self, schema: Schema) -> None:
         codes = "".join(COLUMN_CODES[t] for t in schema.types)
         self.id = schema.id
         self.size = schema.row_bytes
         self.buf = bytearray(self.size)
         self.tail = memoryview(self.buf)[4:]
         self.into = struct.Struct(f"<IQBBHIqqq{codes}").pack_into
-        self.before = before  # the schema's own record, until a row has brought it along
+        self.untold: Schema | None = schema  # until a row has brought its own record along
 
 
 class Rows:
@@ -88,8 +88,8 @@ class Rows:
         spool = self._spool
         buf = packer.buf
         with spool.lock:
-            if spool.owed:
-                spool.tell_losses()
+            if spool.watchful and not spool.admit("metrics"):
+                return True
             while True:
                 turn = spool.begin()
                 try:
@@ -98,7 +98,8 @@ class Rows:
                         step, wall_ns, monotonic_ns(), *v,
                     )  # fmt: skip
                     _CRC(buf, 0, crc32(packer.tail))
-                    before = packer.before
+                    untold = packer.untold
+                    before = untold.pack(spool.last + 1) if untold else b""
                     done = spool.append(turn, buf, before)
                 except (struct.error, OverflowError):
                     spool.abandon(turn)
@@ -108,8 +109,8 @@ class Rows:
                     raise
                 if done is not None:
                     break
-            if done and before:
-                packer.before = b""
+            if done and untold:
+                packer.untold = None
         self.last_step = step
         self.last_log_ns = wall_ns
         return True
@@ -183,7 +184,7 @@ class Rows:
             made = self._spool.add_schema(keys, types)
             if made is None:
                 return None
-            packer = self._schemas[keys, types] = _Packer(*made)
+            packer = self._schemas[keys, types] = _Packer(made)
         return packer
 
     def _remember(self, keys: tuple[str, ...], raw: tuple[type, ...], good: dict[str, Any]) -> None:

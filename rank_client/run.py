@@ -6,42 +6,42 @@ child every method does nothing: the parent's stream is the parent's alone.
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
-import sys
 import tempfile
 import threading
 import time
 import traceback
-import weakref
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from . import identity
+from . import exits, identity
 from .images import figure_bytes, image_maker, table_bytes
-from .link import Link
+from .link import Link, connect
 from .media import INLINE_COPY_BYTES, MediaSender, copy_unchanged, snapshot
+from .redact import Redactor
 from .rendezvous import data_dir, ipc_address
 from .rows import Rows
 from .sender import Sender, jitter, new_stream_id
-from .spool import Spool, spool_root
-from .values import clean_key, flatten, plain
+from .spool import Spool, spool_root, spool_share
+from .sweep import Neighbours
+from .values import flatten, plain
+from .wire.frames import MAX_HELLO_BYTES
 from .wire.keys import valid_run_id
 from .wire.records import Kind
 from .wire.session import ClientSession
 
 FINISH_SECONDS = 10.0  #: the most that `finish` or an exit may take
+LEAVE_SHARE = 0.02  #: of them, for threads to leave and files to be closed
 MODES = ("live", "offline", "disabled")  #: of RANKGATE_MODE
 ABSENT_SECONDS = 3.0  #: of these, while no gateway has ever answered
+FAILURE_CHARACTERS = 4000  #: of a traceback, its end
 TEXT_PIECE_CHARACTERS = 15_000  #: four bytes each at most: a record stays below 64 KiB
 
 log = logging.getLogger("rankgate")
-
-_live: weakref.WeakSet[Run] = weakref.WeakSet()
-_hooked = False
 
 
 class Run:
@@ -58,6 +58,7 @@ class Run:
         environ: Mapping[str, str],
         gateway: str | None,
         mode: str,
+        redactor: Redactor,
     ) -> None:
         self.id = run_id
         self.rank = where.rank
@@ -69,7 +70,10 @@ class Run:
         self._forked = False
         self._finished = False
         self._failure = ""
+        self._late_calls = 0
+        self._clean = redactor
         self._finish_lock = threading.Lock()
+        self._environ = environ
         self._data_dir = data_dir(environ)
         self._address = gateway or environ.get("RANKGATE_ADDR")
         self._online = mode == "live"
@@ -85,7 +89,10 @@ class Run:
             "earlier": earlier,
             **about,
         }
-        self._spool = Spool(directory, {"stream": stream, **hello})
+        share = spool_share(spool_root(environ), environ, where.local_world_size)
+        self._spool = Spool(
+            directory, {"stream": stream, **hello}, keep_bytes=share.keep, cap_bytes=share.cap
+        )
         self._rows = Rows(self._spool, self._warn)
         session = ClientSession(stream, lambda: {**hello, **self._progress()}, self._spool, jitter)
         session.on_ping(self._progress)
@@ -96,6 +103,7 @@ class Run:
             self._spool,
             self._connect,
             self._warn,
+            redactor.text,
         )
         self._sender = Sender(
             session,
@@ -108,6 +116,13 @@ class Run:
             self._warn,
             self._rows.settle,
         )
+        self._neighbours: Neighbours | None = None
+        if self._online and run_dir and where.local_rank == 0 and _remote(self._address):
+            assert self._address
+            self._neighbours = Neighbours(
+                Path(run_dir), session, self._address, environ, self._warn
+            )
+            self._neighbours.start()
 
     # --- logging -------------------------------------------------------------
 
@@ -126,21 +141,23 @@ class Run:
             self._trouble("log", error)
 
     def log_text(self, text: str, level: str = "info", step: int | None = None) -> None:
-        """Log a line of text."""
+        """Log a line of text; what looks like a secret in it is written as `[redacted]`."""
         if self._dead:
             self._late()
             return
         try:
-            text, stamp = str(text), time.time_ns()
+            text, stamp = self._clean.text(str(text)), time.time_ns()
+            level = self._clean.text(str(level))[:32]
             for at in range(0, max(len(text), 1), TEXT_PIECE_CHARACTERS):
                 piece = text[at : at + TEXT_PIECE_CHARACTERS]
-                body = {"t": piece, "l": str(level)[:32], "w": stamp, "s": step}
+                body = {"t": piece, "l": level, "w": stamp, "s": step}
                 self._spool.append_map(Kind.TEXT, body)
         except Exception as error:
             self._trouble("log_text", error)
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        """Log hyperparameters; logged again, a key's later value wins."""
+        """Log hyperparameters; logged again, a key's later value wins. Values of keys such as
+        `api_key`, and texts that look like a secret, are written as `[redacted]`."""
         self._log_map("log_params", Kind.PARAMS, params)
 
     def log_summary(self, values: Mapping[str, Any]) -> None:
@@ -155,8 +172,7 @@ class Run:
             stamp = time.time_ns()
             part: dict[str, Any] = {}
             size = 0
-            for key, value in flatten(values):
-                key, value = clean_key(key), plain(value)
+            for key, value in self._plain(values):
                 length = len(key) + (len(value) if isinstance(value, str) else 8)
                 if part and size + length > TEXT_PIECE_CHARACTERS:
                     self._spool.append_map(kind, {"v": part, "w": stamp})
@@ -167,6 +183,11 @@ class Run:
                 self._spool.append_map(kind, {"v": part, "w": stamp})
         except Exception as error:
             self._trouble(name, error)
+
+    def _plain(self, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+        """Keys and values as they are written: flat, plain, without secrets."""
+        for key, value in flatten(values):
+            yield self._clean.key(key), self._clean.value(key, plain(value))
 
     def log_image(self, key: str, image: Any, step: int | None = None) -> None:
         """Log a picture: an array, a tensor, a PIL image, or the path of a file."""
@@ -207,7 +228,7 @@ class Run:
         copied by a background thread (`wait=True`: in this call)."""
 
         def make() -> None:
-            values = {clean_key(k): plain(v) for k, v in flatten(metrics or {})}
+            values = dict(self._plain(metrics or {}))
             meta = {"best": bool(best), "final": bool(final), "metrics": values}
             self._add_file("checkpoint", Path(path), None, step, meta, wait)
 
@@ -273,12 +294,12 @@ class Run:
         make: Callable[[Path], None],
         now: bool,
     ) -> None:
-        name = clean_key(key).replace("/", "_") + ending
+        name = self._clean.key(key).replace("/", "_") + ending
         body = {"what": what, "key": key, "name": name, "s": step, "meta": meta}
         self._add_body(body, make, now)
 
     def _add_body(self, body: dict[str, Any], make: Callable[[Path], None], now: bool) -> None:
-        body["key"], body["name"] = clean_key(body["key"]), clean_key(body["name"])
+        body["key"], body["name"] = self._clean.key(body["key"]), self._clean.key(body["name"])
         body["w"] = time.time_ns()
         self._media.add(body, make, now)
 
@@ -295,19 +316,20 @@ class Run:
                 return True
             self._finished = True
         try:
-            return self._finish(status, "", time.monotonic() + seconds)
+            return self._finish(self._clean.text(str(status)), "", seconds)
         except Exception as error:
             self._trouble("finish", error)
             return False
 
-    def _finish(self, status: str, text: str, deadline: float) -> bool:
+    def _finish(self, status: str, text: str, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds * (1 - LEAVE_SHARE)
         while self._rows.settle() and time.monotonic() < deadline:
             time.sleep(0.002)
         self._rows.abandon()
         self._media.wait(deadline, sent=False)
-        end = {"status": status, "text": text[:4000], "w": time.time_ns()}
+        end = {"status": status, "text": text.strip(), "w": time.time_ns()}
         with self._spool.lock:  # nothing that is logged from now on comes before the end
-            self._spool.append_map(Kind.END, end)
+            self._spool.append_map(Kind.END, {**end, **self._spool.final_counts()})
             self._dead = True
         if not self._online:
             deadline = time.monotonic()
@@ -317,7 +339,8 @@ class Run:
         # BYE says that nothing more will come of this life, so not while a file is on its way.
         done = self._sender.finish(deadline, end if files else None, ABSENT_SECONDS)
         self._media.close()
-        _live.discard(self)
+        if self._neighbours:
+            self._neighbours.stop(min(0.2, deadline - time.monotonic()))
         done = done and self._sender.session.durable >= self._spool.last
         memory = self._spool.memory_records if not done else 0
         self._spool.close()
@@ -332,11 +355,12 @@ class Run:
             self._mark_shipped()
         elif self._online and self._spool.directory:
             log.warning(
-                "rankgate: rank %s: not all is acknowledged yet; it is safe in %s and the gateway "
-                "ships it (or: rankgate drain --dir %s)",
+                "rankgate: rank %s: not all is acknowledged yet; it is safe in %s%s",
                 self.rank,
                 self._spool.directory,
-                self._data_dir,
+                f"; ship it from this node: rankgate sweep --address {self._address}"
+                if self._address
+                else f" and the gateway ships it (or: rankgate drain --dir {self._data_dir})",
             )
         return done and files
 
@@ -370,24 +394,29 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        lines = traceback.format_exception(kind, error, trace)
-        self._failure = "".join(lines)[-4000:].strip()
+        text = "".join(traceback.format_exception(kind, error, trace))
+        self._failure = self._clean.text(text[-5 * FAILURE_CHARACTERS :])[-FAILURE_CHARACTERS:]
 
     def _at_exit(self) -> None:
         with self._finish_lock:
             if self._dead or self._finished:
+                self._tell_late()
                 return
             self._finished = True
         status = "failed" if self._failure else "ended"
         try:
-            self._finish(status, self._failure, time.monotonic() + FINISH_SECONDS)
+            self._finish(status, self._failure, FINISH_SECONDS)
         except Exception as error:
             self._trouble("exit", error)
+        except KeyboardInterrupt:
+            pass  # not waiting any longer; the spool has it all
 
     # --- inner ---------------------------------------------------------------
 
     def _connect(self) -> Link | None:
-        return Link(self._address or ipc_address(self._data_dir)) if self._online else None
+        if not self._online:
+            return None
+        return connect(self._address or ipc_address(self._data_dir), self._environ)
 
     def _progress(self) -> dict[str, Any]:
         """What every ping tells: how far this process is, and what it had to refuse."""
@@ -399,6 +428,7 @@ class Run:
             "bad": self._spool.bad_values,
             "spool": self._spool.kept_bytes,
             "volatile": self._spool.volatile,
+            "wall": time.time_ns(),
         }
 
     def _guard(self, name: str, call: Callable[[], None]) -> None:
@@ -421,15 +451,22 @@ class Run:
         """One line per kind of trouble, never a second."""
         if what not in self._warned:
             self._warned.add(what)
-            log.warning("rankgate: rank %s: %s", self.rank, text)
+            log.warning("rankgate: rank %s: %s", self.rank, self._clean.text(text))
 
     def _late(self) -> None:
         if self._finished and not self._forked:
+            self._late_calls += 1
+            self._spool.refuse("after finish")  # as long as it is sending, its pings tell
             self._warn("late", "log after finish does nothing")
+
+    def _tell_late(self) -> None:
+        if self._late_calls > 1 and not self._forked:
+            self._warn("late calls", f"{self._late_calls} calls came after finish; none is logged")
 
     def _become_child(self) -> None:
         """After a fork: touch no lock, no socket, no thread of the parent's."""
         self._dead = self._forked = True
+        self._finish_lock = threading.Lock()  # a thread of the parent's may have held it
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_run, (self.id,)
@@ -442,6 +479,7 @@ class NullRun(Run):
         self.id, self.rank, self.world_size, self.stream = run_id, -1, 1, ""
         self._dead = self._forked = self._finished = True
         self._failure = ""
+        self._late_calls = 0
         self._finish_lock = threading.Lock()
 
 
@@ -474,24 +512,49 @@ def init(
         mode = "live"
     where = identity.place(environ, rank, local_rank, world_size)
     run_id = identity.run_id(environ, where, run)
-    if mode == "disabled" or (rank is None and identity.in_worker_process()):
+    child = rank is None and identity.in_worker_process()
+    if mode == "disabled" or child:
+        if child and identity.could_be_rank(environ):
+            _tell_child()
         return NullRun(run_id)
     try:
+        redactor = Redactor(environ)
         about = {
             **identity.attributes(environ, where),
-            "project": clean_key(project or environ.get("RANKGATE_PROJECT") or "default"),
-            "name": clean_key(name) if name else "",
-            "tags": [clean_key(t) for t in tags],
+            "project": redactor.key(project or environ.get("RANKGATE_PROJECT") or "default"),
+            "name": redactor.key(name) if name else "",
+            "tags": _fitting([redactor.key(t) for t in tags]),
         }
-        made = Run(run_id, where, about, environ, gateway, mode)
+        made = Run(run_id, where, about, environ, gateway, mode, redactor)
     except Exception as error:  # no thread, no descriptor: the training goes on without a log
         log.warning("rankgate: logging is off in this process: %r", error)
         return NullRun(run_id)
-    _live.add(made)
-    _hook()
+    exits.watch(made)
     if config:
         made.log_params(config)
     return made
+
+
+@cache
+def _tell_child() -> None:
+    """Once per process."""
+    log.warning(
+        "rankgate: init() does nothing in a child of multiprocessing, as that may be a worker of a "
+        "rank; a child that is a rank itself says so: init(rank=RANK, world_size=SIZE)"
+    )
+
+
+def _fitting(tags: list[str]) -> list[str]:
+    """The first ones that HELLO has room for: a HELLO that is too long would be refused."""
+    room = MAX_HELLO_BYTES // 2
+    out: list[str] = []
+    for tag in tags:
+        room -= len(tag.encode())
+        if room < 0:
+            log.warning("rankgate: only the first %d of %d tags are kept", len(out), len(tags))
+            break
+        out.append(tag)
+    return out
 
 
 def _check(
@@ -529,6 +592,11 @@ def _spool_dir(
     return str(root / run_id)
 
 
+def _remote(address: str | None) -> bool:
+    """May the gateway be on another node, where it does not see our spool?"""
+    return bool(address) and str(address).startswith("tcp://")
+
+
 def _older(run_dir: str | None) -> list[bytes]:
     """Streams of this run that this node has seen: what an adopted life is ordered by."""
     if run_dir is None:
@@ -537,37 +605,3 @@ def _older(run_dir: str | None) -> list[bytes]:
         return sorted(bytes.fromhex(n) for n in os.listdir(run_dir) if len(n) == 32)[:256]
     except (OSError, ValueError):
         return []
-
-
-def _hook() -> None:
-    """Chain the exception hook, and be there at exit and after a fork; once per process."""
-    global _hooked  # noqa: PLW0603 - hooks belong to the process, and there is one process
-    if _hooked:
-        return
-    _hooked = True
-    before = sys.excepthook
-
-    def excepthook(
-        kind: type[BaseException], error: BaseException, trace: TracebackType | None
-    ) -> None:
-        try:
-            if not hasattr(sys, "ps1"):  # at a prompt a typo ends nothing
-                for run in list(_live):
-                    run._fail(kind, error, trace)
-        except BaseException:  # noqa: S110 - another Ctrl-C, say: the user's own trace comes first
-            pass
-        before(kind, error, trace)
-
-    sys.excepthook = excepthook
-    atexit.register(_exit_all)
-    os.register_at_fork(after_in_child=_after_fork)
-
-
-def _exit_all() -> None:
-    for run in list(_live):
-        run._at_exit()
-
-
-def _after_fork() -> None:
-    for run in list(_live):
-        run._become_child()

@@ -12,13 +12,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from .link import Link
+from .link import Link, connect
 from .rendezvous import LOCK_GATEWAY, ipc_address, locked, start_gateway
 from .spool import Spool
+from .wire.keys import BadKey
 from .wire.session import ClientSession
 
 TICK_SECONDS = 0.02
 TICK_MAX_SECONDS = 0.2
+FEW_RECORDS = 16  #: found by a tick: too few to be worth a shorter one
 CLOSING_TICK_SECONDS = 0.005
 SYNC_SECONDS = 1.0
 ABSENT_WARN_SECONDS = 10.0
@@ -130,20 +132,25 @@ class Sender:
         connect_at, connect_pause = 0.0, TICK_MAX_SECONDS
         tick, last, synced = TICK_SECONDS, self._spool.last, time.monotonic()
         start_at, start_pause = synced, START_RETRY_SECONDS
+        stack.callback(lambda: link.close() if link else None)
         while not self._stop.is_set():
             now = time.monotonic()
             if link is None and self._online and now >= connect_at:
                 connect_at, connect_pause = now + connect_pause, min(connect_pause * 2, 60.0)
                 link = self._connect()
                 if link:
-                    stack.callback(link.close)
                     carrier = Carrier(self.session, link)
             waiting = self._each_tick()
             if carrier:
                 carrier.step(now)
+            self._spool.acknowledge(self.session.durable)
             if self.session.state == "closed":
                 break
             self._tell_trouble()
+            if link and link.refused():
+                self._tell_refused()
+                link.close()
+                link = carrier = None
             if now - synced >= SYNC_SECONDS:
                 synced = now
                 self._upkeep()
@@ -151,9 +158,10 @@ class Sender:
                 start_at = now + start_pause
                 start_pause = min(start_pause * 2, START_RETRY_MAX_SECONDS)
                 self._look_for_gateway(now)
-            # A tick that finds one record is too short: one frame a record is what costs.
+            # What costs is each waking, in caches that the training has filled meanwhile.
             found, last = self._spool.last - last, self._spool.last
-            tick = TICK_SECONDS if found > 1 or waiting else min(tick * 1.5, TICK_MAX_SECONDS)
+            many = found > FEW_RECORDS or waiting
+            tick = TICK_SECONDS if many else min(tick * 1.5, TICK_MAX_SECONDS)
             if self._closing.is_set():
                 self._stop.wait(CLOSING_TICK_SECONDS)
             elif link and self.session.blocked:
@@ -169,12 +177,42 @@ class Sender:
                 "rejected",
                 f"the gateway refuses this process: {session.reject_reason}. The spool keeps all",
             )
+        elif session.reject_code and session.state == "hello":
+            self._warn(
+                f"rejected {session.reject_code}",
+                f"the gateway takes nothing for now: {session.reject_reason}. The spool keeps all",
+            )
+        elif session.full:
+            what = "disk is full" if session.full == "disk" else "quota for this run is used up"
+            self._warn(
+                f"full {session.full}",
+                f"the gateway's {what}; training goes on, the spool keeps all until there is room",
+            )
         if session.journal_changed:
             self._warn("journal", "another journal answers than before; all that is kept is sent")
 
+        if closed := self._spool.closed:
+            self._warn(
+                f"cap {len(closed)}",
+                f"{self._spool.unacknowledged_bytes >> 20} MiB wait for a gateway in "
+                f"{self._spool.directory}: {', '.join(sorted(closed))} are refused, and counted, "
+                "until it has taken some (RANKGATE_SPOOL_CAP_MIB sets the limit per node)",
+            )
+
+    def _tell_refused(self) -> None:
+        self._warn(
+            "key",
+            f"no encrypted connection to {self._address}: this process has no key, or not the "
+            "gateway's (or that is served --insecure). Set RANKGATE_KEYFILE to a copy of the "
+            "gateway's keyfile; training goes on, the spool keeps everything",
+        )
+
     def _connect(self) -> Link | None:
         try:
-            return Link(self._address or ipc_address(self._data_dir))
+            return connect(self._address or ipc_address(self._data_dir), self._environ)
+        except BadKey as error:
+            self._warn("key", f"{error}. Not connecting without it; the spool keeps everything")
+            return None
         except Exception as error:
             self._warn(
                 "address",
@@ -184,11 +222,16 @@ class Sender:
             return None
 
     def _look_for_gateway(self, now: float) -> None:
-        if now - self.started_at > ABSENT_WARN_SECONDS and not self._closing.is_set():
+        late = now - self.started_at > ABSENT_WARN_SECONDS
+        if late and not self.session.reject_code and not self._closing.is_set():
             self._warn(
                 "absent",
                 "no gateway answers yet; training goes on and nothing is lost. Later: "
-                f"rankgate drain --dir {self._data_dir}",
+                + (
+                    f"rankgate sweep --address {self._address}"
+                    if self._address
+                    else f"rankgate drain --dir {self._data_dir}"
+                ),
             )
         if self._address or not self._may_start:
             return

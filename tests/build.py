@@ -298,7 +298,7 @@ class RunBuilder:
         store.receipt(
             delivered=delivered, skipped=dict(skipped or {}), maybe_duplicate=0, spans={}, media=[],
             quarantine=[(quarantined, "metric", "refused by the backend")] if quarantined else [],
-            about={"state": state, **about},
+            intended={}, about={"state": state, **about},
         )  # fmt: skip
         store.close()
         return self

@@ -8,7 +8,7 @@ from pathlib import Path
 from gateway.cli.main import COMMANDS
 from gateway.sinks import naming
 from gateway.sinks.registry import CONFIGS
-from rank_client.wire.frames import Type
+from rank_client.wire.frames import FIELDS, Code, Type
 from rank_client.wire.records import FIRST_JOURNAL_KIND, Kind
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +25,20 @@ def test_the_protocol_names_every_message_and_kind() -> None:
     assert table(messages, 2) == [[str(int(t)), t.name] for t in Type]
     rank_kinds = [k for k in Kind if k < FIRST_JOURNAL_KIND]
     assert table(kinds, 2) == [[str(int(k)), k.name] for k in rank_kinds]
+
+
+def test_the_protocol_names_every_field() -> None:
+    """docs/protocol.md lists of each message's map exactly the fields that the wire declares."""
+    messages, _ = (ROOT / "docs/protocol.md").read_text().split("## Records")
+    documented = {row[1]: tuple(re.findall(r"`(\w+)`", row[3])) for row in table(messages, 4)}
+    assert documented == {t.name: FIELDS[t] for t in Type}
+
+
+def test_the_protocol_names_every_reason_to_reject() -> None:
+    """docs/protocol.md lists exactly the codes of REJECT."""
+    messages, _ = (ROOT / "docs/protocol.md").read_text().split("## Records")
+    _, codes = messages.split("| REJECT code |")
+    assert re.findall(r"^\| `(\w+)`", codes, re.MULTILINE) == [c.value for c in Code]
 
 
 def test_the_names_in_backends_are_those_of_the_table() -> None:
@@ -61,4 +75,4 @@ def test_every_environment_variable_is_documented() -> None:
     for folder in ("rank_client", "gateway"):
         for path in (ROOT / folder).rglob("*.py"):
             read |= set(re.findall(r"RANKGATE_[A-Z]+", path.read_text()))
-    assert read - set(re.findall(r"RANKGATE_[A-Z]+", readme)) == {"RANKGATE_SINKS"}
+    assert read - set(re.findall(r"RANKGATE_[A-Z]+", readme)) == {"RANKGATE_SINKS", "RANKGATE_PARENT"}

@@ -19,7 +19,8 @@ from ..view.words import clean
 
 #: in the order of `rankgate --help`; one that is not installed is left out
 COMMANDS = (
-    "run", "serve", "status", "runs", "show", "tail", "query", "drain", "replay", "doctor",
+    "run", "serve", "status", "runs", "show", "tail", "query", "drain", "sweep", "replay", "keys",
+    "doctor",
 )  # fmt: skip
 
 INTERRUPTED = 130
@@ -66,6 +67,9 @@ def _register() -> None:
         if importlib.util.find_spec(path) is None:
             continue
         module = importlib.import_module(path)
+        if hasattr(module, "group"):
+            app.add_typer(module.group, name=name)
+            continue
         settings = getattr(module, "CONTEXT_SETTINGS", None)
         app.command(name, context_settings=settings)(module.command)
 

@@ -17,10 +17,12 @@ import typer
 from rank_client import sweep
 from rank_client.spool import spool_root
 from rank_client.tool import tell_exit
+from rank_client.wire.keys import key_of
 
-from .. import attach
-from ..config import Config
+from .. import app, attach
+from ..config import Config, with_gateway
 from ..errors import RankgateError
+from ..nodes import Nodes, nodes_of
 from ..supervise import read_json
 from ..view.queries import shown
 from ..view.summary import summary_lines
@@ -30,6 +32,9 @@ from .options import DEFAULT_DIR, ConfigFile, Dir, Sinks, settings_of
 CONTEXT_SETTINGS = {"allow_interspersed_args": False}
 PROGRESS_SECONDS = 5.0
 SETTLE_SECONDS = 10.0
+NODES_SETTLE_SECONDS = 60.0  #: other nodes may be cut off for a while when this one has ended
+JOIN_SECONDS = 15.0
+LEAVE_SECONDS = 60.0
 FROM_TERMINAL = 0x80  #: si_code SI_KERNEL: the terminal sent it to the whole group, us included
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1,
              signal.SIGUSR2)  # fmt: skip
@@ -51,6 +56,10 @@ def command(
     run: Annotated[
         str | None, typer.Option(envvar="RANKGATE_RUN", help="Run id; a new one by default.")
     ] = None,
+    bind: Annotated[
+        str | None,
+        typer.Option(help='Where other nodes reach the gateway; "tcp://ADDRESS:PORT".'),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Only the summary.")] = False,
 ) -> None:
     """Run a training command with a gateway beside it.
@@ -58,6 +67,8 @@ def command(
     Starts a gateway for the data directory (or uses the one that is there), runs the command,
     waits until its runs are delivered, prints a summary, and exits with the command's own code.
     When the gateway cannot start, the command runs all the same and its logs wait in the spool.
+    With several nodes (--nnodes, Slurm), the head's gateway also listens on their network, with
+    encryption, and prints what to type on the others.
 
     \b
     Examples:
@@ -65,11 +76,13 @@ def command(
       rankgate run --sink clearml --sink neptune=offline -- python train.py
     """
     root = directory.absolute()
-    launch = Launch(root, run or secrets.token_hex(4), secrets.token_hex(8), quiet)
+    launch = Launch(root, nodes_of(words, os.environ), run, quiet)
     with attach.hold(root):
-        settings = launch.prepare(config, tuple(sink or ()))
+        settings = launch.prepare(config, tuple(sink or ()), bind)
         code = launch.go(words)
-        if settings is not None and not launch.joined:
+        if launch.joined:
+            launch.leave()
+        elif settings is not None:
             launch.finish(code, settings)
     raise typer.Exit(code)
 
@@ -77,32 +90,42 @@ def command(
 class Launch:
     """One `rankgate run`: its ids, its gateway, its command."""
 
-    def __init__(self, root: Path, run: str, launch: str, quiet: bool) -> None:
+    def __init__(self, root: Path, nodes: Nodes, run: str | None, quiet: bool) -> None:
         self.root = root
-        self.run = run
-        self.launch = launch
+        self.nodes = nodes
+        self.joined = bool(os.environ.get("RANKGATE_ADDR")) or not nodes.head
+        given = os.environ.get("RANKGATE_LAUNCH") if self.joined else None
+        self.named = bool(run or nodes.run)  #: so that all nodes mean the same run
+        self.run = run or nodes.run or secrets.token_hex(4)
+        self.launch = given or nodes.launch or secrets.token_hex(8)
         self.quiet = quiet
-        self.joined = bool(os.environ.get("RANKGATE_ADDR"))
         self.environ = {
             **os.environ,
             "RANKGATE_DIR": str(root),
-            "RANKGATE_RUN": run,
-            "RANKGATE_LAUNCH": launch,
+            "RANKGATE_RUN": self.run,
+            "RANKGATE_LAUNCH": self.launch,
         }
+        if keyfile := os.environ.get("RANKGATE_KEYFILE"):
+            self.environ["RANKGATE_KEYFILE"] = str(Path(keyfile).absolute())
+        self.bind = ""  #: where the gateway listens for other nodes
         self._told_at = time.monotonic()
         self._warned = False
         self._stored: dict[str, int] = {}
 
     # --- before --------------------------------------------------------------
 
-    def prepare(self, config: Path | None, sinks: tuple[str, ...]) -> Config | None:
+    def prepare(
+        self, config: Path | None, sinks: tuple[str, ...], bind: str | None
+    ) -> Config | None:
         """Start a gateway; None (said loudly) when there cannot be one. Training goes on."""
         try:
             settings = settings_of(self.root, config, sinks)
-            if not self.joined:
-                attach.ensure(
-                    self.root, self.environ, str(config.absolute()) if config else "", sinks
-                )
+            if bind:
+                settings = with_gateway(settings, bind=bind)
+            if self.joined:
+                self._join()
+            else:
+                self._serve(settings, str(config.absolute()) if config else "", sinks)
         except (RankgateError, OSError) as error:
             reason = error.strerror if isinstance(error, OSError) else str(error)
             say(f"NO GATEWAY: {reason}")
@@ -115,6 +138,71 @@ class Launch:
         if not self.quiet:
             say(f"run {self.run}, data in {self.root}")
         return settings
+
+    def _serve(self, settings: Config, config: str, sinks: tuple[str, ...]) -> None:
+        """A gateway for this node, and where there are others for them. Raises RankgateError."""
+        bind = settings.gateway.bind
+        if self.nodes.several and bind == "ipc":
+            bind = "tcp"
+        if bind == "ipc":
+            attach.ensure(self.root, self.environ, config, sinks)
+            return
+        if not attach.runs(self.root):
+            app.make_data_dir(self.root)
+            where = app.addresses(self.root, bind, False, self.nodes.rendezvous)
+            guard = app.guard_of(self.root, settings, where, False, self.environ)
+            self.bind = where[1]
+            attach.ensure(self.root, self.environ, config, sinks, self.bind)
+            self._tell_others(self.bind, guard)
+        elif address := attach.network_address(self.root):
+            self._tell_others(address, self._known_guard() or "KEYFILE")
+        else:
+            say(f"OTHER NODES CANNOT REACH the gateway that serves {self.root} already: it listens "
+                "on this node only. Their logs wait in their spools. Stop it (rankgate status "
+                "names its pid) or give another --dir, and start again")  # fmt: skip
+
+    def _known_guard(self) -> str:
+        """Of a gateway that we did not start: the key is the environment's, or lies beside it."""
+        own = self.root / app.KEYFILE
+        if keyfile := self.environ.get("RANKGATE_KEYFILE"):
+            return keyfile
+        if self.environ.get("RANKGATE_SECRET"):
+            return app.ENVIRONMENT
+        return str(own) if own.exists() else ""
+
+    def _tell_others(self, address: str, guard: str) -> None:
+        """The one line for the other nodes, or the variables for a command that goes there."""
+        if not self.nodes.several:
+            return
+        if self.nodes.spreads:
+            self._hand_over(address, guard)
+            return
+        key = "RANKGATE_SECRET=…" if guard == app.ENVIRONMENT else f"RANKGATE_KEYFILE={guard}"
+        say(f"on each other node (with a copy of the keyfile, mode 0600):\n"
+            f"  RANKGATE_ADDR={address} {key} RANKGATE_RUN={self.run} "
+            f"RANKGATE_LAUNCH={self.launch} rankgate run -- …")  # fmt: skip
+
+    def _hand_over(self, address: str, guard: str) -> None:
+        """What the command's ranks need for a gateway on another node."""
+        self.environ["RANKGATE_ADDR"] = address
+        if Path(guard).is_absolute():
+            self.environ["RANKGATE_KEYFILE"] = guard
+
+    def _join(self) -> None:
+        """The head's gateway is the one: by RANKGATE_ADDR, or by a data directory both see."""
+        if self.environ.get("RANKGATE_ADDR"):
+            return
+        say(f"not the head node; looking for its gateway in {self.root}")
+        address = attach.wait_network_address(self.root, JOIN_SECONDS)
+        if not address:
+            say("NO GATEWAY of the head node is to be seen here; the command runs, its logs wait "
+                "in the spool. Set what the head's rankgate run prints: RANKGATE_ADDR, "
+                "RANKGATE_KEYFILE, RANKGATE_RUN, RANKGATE_LAUNCH")  # fmt: skip
+            return
+        self._hand_over(address, self._known_guard())
+        if not self.named:
+            say(f"this node's ranks are run {self.run} of their own; to have one run for all "
+                "nodes, set RANKGATE_RUN and RANKGATE_LAUNCH as the head prints them")  # fmt: skip
 
     # --- the command ---------------------------------------------------------
 
@@ -158,7 +246,7 @@ class Launch:
 
         def start() -> None:
             try:
-                attach.ensure(self.root, self.environ)
+                attach.ensure(self.root, self.environ, bind=self.bind)
             except OSError:
                 pass  # said when the command has ended
 
@@ -182,7 +270,7 @@ class Launch:
     def finish(self, code: int, settings: Config) -> None:
         """Ship what dead ranks left, tell the runs how the command ended, wait for the sinks."""
         try:
-            attach.ensure(self.root, self.environ)
+            attach.ensure(self.root, self.environ, bind=self.bind)
             if not attach.wait_served(self.root):
                 say("no gateway answers; everything is safe in the spool. Later: rankgate drain")
                 return
@@ -208,7 +296,9 @@ class Launch:
 
     def _settle(self) -> list[str]:
         """The runs of this launch, once all that its processes left in the spool is shipped."""
-        spool, deadline = spool_root(self.environ), time.monotonic() + SETTLE_SECONDS
+        spool = spool_root(self.environ)
+        patience = NODES_SETTLE_SECONDS if self.nodes.several else SETTLE_SECONDS
+        deadline = time.monotonic() + patience
         attach.wait_fresh(self.root)
         while True:
             orphans = sweep.find(spool, self.root, lambda run: run in attach.journals(self.root))
@@ -217,7 +307,8 @@ class Launch:
                 r for r in attach.journals(self.root)
                 if not attach.progress(self.root, r).projected
             ]  # fmt: skip
-            if (not orphans and not behind) or time.monotonic() > deadline:
+            afar = self.nodes.several and read_json(self.root / "ingest.json").get("streams")
+            if not (orphans or behind or afar) or time.monotonic() > deadline:
                 return attach.runs_of_launch(self.root, self.launch)
 
     def _wait(self, runs: list[str], settings: Config) -> None:
@@ -233,6 +324,27 @@ class Launch:
         seconds = settings.gateway.drain_seconds
         if not attach.wait_done(self.root, lambda: runs, seconds, tell):
             say("some sinks are not done; the gateway goes on. Look: rankgate status")
+
+    def leave(self) -> None:
+        """On a node that joined: ship what its dead ranks left, as no gateway sees this spool."""
+        address = self.environ.get("RANKGATE_ADDR", "")
+        if not address.startswith("tcp://"):
+            return
+        spool, deadline = spool_root(self.environ), time.monotonic() + LEAVE_SECONDS
+        try:
+            key = key_of(self.environ)
+            while orphans := sweep.find(spool, self.root, lambda run: run == self.run):
+                for orphan in orphans:
+                    sweep.ship(orphan, address, max(0.0, deadline - time.monotonic()), key)
+                if time.monotonic() > deadline:
+                    say(f"{len(orphans)} streams are still in {spool}: the gateway did not take "
+                        "them in time. Nothing is lost; with the same key, on this node: "
+                        f"rankgate sweep --address {address}")  # fmt: skip
+                    return
+        except KeyboardInterrupt:
+            say(f"not waiting any longer; nothing is lost, the rest stays in {spool}")
+        except Exception as error:  # the command's exit code is its own, whatever goes wrong here
+            say(f"cannot ship what is left in {spool}: {error}; nothing is lost")
 
 
 def _for_the_command(got: signal.struct_siginfo) -> bool:

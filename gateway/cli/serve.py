@@ -8,19 +8,30 @@ from typing import Annotated
 import typer
 
 from .. import app, telemetry
-from ..config import Config, GatewayConfig
+from ..config import with_gateway
 from .options import DEFAULT_DIR, ConfigFile, Dir, Sinks, settings_of
 
 
 def command(
     directory: Dir = DEFAULT_DIR,
     bind: Annotated[
-        str | None, typer.Option(help='Also listen here: "tcp://ADDRESS:PORT".')
+        str | None,
+        typer.Option(
+            help='Also listen here: "tcp://ADDRESS:PORT", or "tcp" for the way to MASTER_ADDR.'
+        ),
+    ] = None,
+    keyfile: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="RANKGATE_KEYFILE",
+            show_envvar=True,
+            help="The key for tcp; one is made in the data directory when none is named.",
+        ),
     ] = None,
     config: ConfigFile = None,
     sink: Sinks = None,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Allow an unencrypted tcp bind beyond this machine.")
+        bool, typer.Option("--insecure", help="Listen on tcp without encryption, for everybody.")
     ] = False,
 ) -> None:
     """Run the gateway in the foreground, until Ctrl-C or SIGTERM.
@@ -28,26 +39,31 @@ def command(
     \b
     Examples:
       rankgate serve
-      rankgate serve --dir /data/logs --bind tcp://127.0.0.1:5717 --sink clearml
+      rankgate serve --dir /data/logs --bind tcp://10.0.0.1:5717 --sink clearml
     """
     root = directory.absolute()
     settings = settings_of(root, config, tuple(sink or ()))
     if bind:
-        settings = with_bind(settings, bind)
+        settings = with_gateway(settings, bind=bind)
+    if keyfile:
+        settings = with_gateway(settings, keyfile=str(keyfile.absolute()))
     telemetry.configure()
-    code = app.serve(root, settings, insecure, forever=True, ready=lambda where: tell(root, where))
+    code = app.serve(
+        root,
+        settings,
+        insecure,
+        forever=True,
+        ready=lambda where, guard: tell(root, where, guard),
+    )
     raise typer.Exit(code)
 
 
-def with_bind(settings: Config, bind: str) -> Config:
-    gateway = {f: getattr(settings.gateway, f) for f in GatewayConfig.__struct_fields__}
-    return Config(GatewayConfig(**{**gateway, "bind": bind}), settings.sinks, settings.source)
-
-
-def tell(root: Path, where: list[str]) -> None:
-    """What to paste on this node; other nodes need the address."""
+def tell(root: Path, where: list[str], guard: str) -> None:
+    """What to paste on this node, and on others."""
     typer.echo(f"rankgate gateway for {root}\nlistening on {', '.join(where)}\n")
     typer.echo(f"In the training's shell on this node:\n  export RANKGATE_DIR={root}")
     for address in where[1:]:
         typer.echo(f"elsewhere:\n  export RANKGATE_ADDR={address}")
+        if guard not in (app.INSECURE, app.ENVIRONMENT):
+            typer.echo(f"  export RANKGATE_KEYFILE={guard}   # a copy of it, mode 0600")
     typer.echo("\nWaiting for the first rank. Look: rankgate status   Stop: Ctrl-C")

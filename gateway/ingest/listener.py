@@ -1,12 +1,11 @@
 """The ingest loop: receive in bursts, commit in groups, acknowledge, tell who is alive.
 
-One thread, plain poll. It owns the ROUTER socket, every journal's writing end and live.json.
+One thread, plain poll. It owns the ROUTER socket, every journal's writing end and live.json; files
+are worked on by a second one (`Worker`).
 """
 
 from __future__ import annotations
 
-import errno
-import json
 import logging
 import os
 import signal
@@ -17,21 +16,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import zmq
 
 from rank_client.wire import frames
-from rank_client.wire.disk import OsDisk
+from rank_client.wire.disk import Disk, OsDisk, is_at
+from rank_client.wire.keys import Key
 from rank_client.wire.records import Kind
 
+from .. import parent
 from ..journal.writer import Journal, JournalDamaged, SyncFailed
 from ..rules.gate import Gate
-from .peers import Peers, Reply
+from .admission import KEYS_DIR, PEER_PREFIX, Guarded, self_test, server_public
+from .limits import Limits, Watch
+from .peers import FULL_ERRNOS, Peers, Reply, Stream
+from .worker import Worker
 
 COMMIT_SECONDS = 0.01
 COMMIT_BYTES = 1 << 20
 BURST_FRAMES = 2000
 TICK_SECONDS = 1.0
 FULL_RETRY_SECONDS = 2.0
+RECEIVE_FRAMES = 32  #: of each peer, unread: what one that ignores its credit can make us hold
+SEND_FRAMES = 64  #: to each peer; one that does not read gets the same state told later
 BUDGET_BYTES = 128 << 20
 RECENT_SECONDS = 86400.0
 REST_SECONDS = 60.0
@@ -42,27 +49,39 @@ log = logging.getLogger("rankgate.ingest")
 class RunStore:
     """The open journals, by run id."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, disk: Disk | None = None) -> None:
         self.root = root
         self.open: dict[str, Journal] = {}
         self.ends: dict[str, int] = {}  #: last entry of the journals that were closed
         self._needed: dict[str, float] = {}
-        self.disk = OsDisk()
+        self._failed: dict[str, tuple[float, OSError]] = {}
+        self.disk: Disk = disk or OsDisk()
 
     def directory(self, run: str) -> Path:
         return self.root / "runs" / run
 
     def journal(self, run: str) -> Journal:
+        """Raises JournalDamaged, OSError."""
         found = self.open.get(run)
         if found is None:
-            directory = self.directory(run)
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = Journal(self.disk, str(directory / "journal"), os.urandom(16))
-            if found.seq == 0:
-                found.append_map(Kind.RULES, time.time_ns(), {"rules": Gate().as_maps()})
-            for text in found.damage:
-                log.error("journal of run %s is damaged: %s", run, text)
-            self.open[run] = found
+            failed = self._failed.get(run)
+            if failed and time.monotonic() < failed[0]:
+                raise failed[1]  # every rank asks, and finding out reads a whole segment
+            try:
+                found = self.open[run] = self._journal(run)
+            except OSError as error:
+                self._failed = {run: (time.monotonic() + FULL_RETRY_SECONDS, error)}
+                raise
+        return found
+
+    def _journal(self, run: str) -> Journal:
+        directory = self.directory(run)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = Journal(self.disk, str(directory / "journal"), os.urandom(16))
+        if found.seq == 0:
+            found.append_map(Kind.RULES, time.time_ns(), {"rules": Gate().as_maps()})
+        for text in found.damage:
+            log.error("journal of run %s is damaged: %s", run, text)
         return found
 
     def recent(self) -> list[str]:
@@ -96,37 +115,60 @@ class Ingest:
     peers: Peers
     socket: zmq.Socket[bytes]
     addresses: list[str]
+    watch: Watch
+    worker: Worker
     clock_ns: Callable[[], int] = time.time_ns
     stopping: bool = False
     stop_runs: frozenset[str] = frozenset()
+    guarded: Guarded | None = None  #: what comes over the network, when anything may
     pending_since: float = 0.0
+    no_room: frozenset[str] = frozenset()  #: runs whose last commit found no room
 
     def run(self) -> None:
-        parent = os.getppid()
         poller = zmq.Poller()
         poller.register(self.socket, zmq.POLLIN)
+        poller.register(self.worker.wake, zmq.POLLIN)
+        if self.guarded:
+            poller.register(self.guarded.router, zmq.POLLIN)
+            poller.register(self.guarded.gatekeeper.socket, zmq.POLLIN)
         tick_at = time.monotonic()
         while not self.stopping:
             now = time.monotonic()
             wait = tick_at - now
             if self.pending_since:
                 wait = min(wait, self.pending_since + COMMIT_SECONDS - now)
-            if poller.poll(max(0, int(wait * 1000 + 0.999))):
-                self._burst()
+            if ready := poller.poll(max(0, int(wait * 1000 + 0.999))):
+                self._take({socket for socket, _ in ready})
             now = time.monotonic()
             if self.pending_since and now - self.pending_since >= COMMIT_SECONDS:
                 self._commit()
             if now >= tick_at:
                 tick_at = now + TICK_SECONDS
                 self._tick()
-                self.stopping = self.stopping or os.getppid() != parent
+                self.stopping = self.stopping or parent.gone()
         self._leave()
 
     # --- receiving -----------------------------------------------------------
 
-    def _burst(self) -> None:
+    def _take(self, ready: set[Any]) -> None:
+        if self.socket in ready:
+            self._burst(self.socket.recv_multipart)
+        if self.worker.wake.fileno() in ready:
+            self._files()
+        if self.guarded is None:
+            return
+        if self.guarded.gatekeeper.socket in ready:
+            self.guarded.gatekeeper.answer()
+        if self.guarded.router in ready:
+            self._burst(self._from_network)
+
+    def _from_network(self, _flags: int) -> list[bytes]:
+        assert self.guarded is not None
+        return self.guarded.receive(self.peers)
+
+    def _burst(self, receive: Callable[[int], list[bytes]]) -> None:
         """Take what is there, until a commit is due."""
-        receive, out = self.socket.recv_multipart, list[Reply]()
+        out: list[Reply] = []
         now_ns = self.clock_ns()
         size = 0
         for _ in range(BURST_FRAMES):
@@ -135,7 +177,8 @@ class Ingest:
             except zmq.Again:
                 break
             if len(parts) != 2:
-                self.peers.count("bad frame: parts")
+                if parts:  # else it was refused, and counted as that
+                    self.peers.bad(now_ns, parts[0], "parts", out)
                 continue
             self.peers.receive(now_ns, parts[0], parts[1], out)
             size += len(parts[1])
@@ -147,48 +190,63 @@ class Ingest:
         if size >= COMMIT_BYTES:
             self._commit()
 
+    def _files(self) -> None:
+        """What the files' thread has done since."""
+        out: list[Reply] = []
+        for job in self.worker.done():
+            self.peers.done(self.clock_ns(), job, out)
+        self._send(out)
+        if not self.pending_since:
+            self.pending_since = time.monotonic()
+
     def _send(self, out: list[Reply]) -> None:
         for peer, frame in out:
             try:
-                self.socket.send_multipart((peer, frame), zmq.NOBLOCK, copy=True)
+                if self.guarded and peer.startswith(PEER_PREFIX):
+                    self.guarded.send(peer, frame)
+                else:
+                    self.socket.send_multipart((peer, frame), zmq.NOBLOCK, copy=True)
             except zmq.ZMQError:
                 # Gone or slow. Every answer is repeatable state: a later one says the same.
                 self.peers.count("answer not sent")
 
     def _commit(self) -> None:
         self.pending_since = 0.0
-        for run, journal in list(self.store.open.items()):
-            try:
-                journal.commit()
-            except (OSError, SyncFailed) as error:
-                self._commit_failed(run, error)
-        self._send(self.peers.committed())
+        self.no_room = frozenset(
+            run for run, journal in list(self.store.open.items()) if not self._stored(run, journal)
+        )
+        self._send(self.peers.committed(self.no_room))
         if not self.socket.poll(0):
             for journal in self.store.open.values():
                 _mark(journal)
 
-    def _commit_failed(self, run: str, error: Exception) -> None:
-        """Full: credit 0 until there is room. Anything else: stop, and begin again from disk."""
-        if not isinstance(error, OSError) or error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            log.critical("cannot write the journal of run %s: %s; stopping", run, error)
-            raise SystemExit(74)
-        log.error("no space for the journal of run %s; ranks keep their logs until there is", run)
-        self.peers.full = True
-        self.peers.forget(run)
-        self.store.drop(run)
+    def _stored(self, run: str, journal: Journal) -> bool:
+        """Commit one run; False when there was no room: what is buffered waits until there is,
+        and credit is 0. On anything else stop, and begin again from disk."""
+        if self.peers.full and run in self.no_room:
+            return False
+        try:
+            journal.commit()
+        except (OSError, SyncFailed) as error:
+            if not isinstance(error, OSError) or error.errno not in FULL_ERRNOS:
+                log.critical("cannot write the journal of run %s: %s; stopping", run, error)
+                raise SystemExit(74) from error
+            self.peers.full = True
+            return False
+        return True
 
     # --- each second ---------------------------------------------------------
 
     def _tick(self) -> None:
         now_ns = self.clock_ns()
-        if self.peers.full:
-            self.peers.full = not _room(self.store.root)
+        self._look_for_replaced()
+        self._look_at_limits()
         ticks = self.peers.tick(now_ns)
         for run, body in ticks.items():
-            self.store.journal(run).append_map(Kind.TICK, now_ns, body)
+            if run not in self.no_room:
+                self.store.journal(run).append_map(Kind.TICK, now_ns, body)
         self._commit()
-        for run in ticks.keys() | self._runs_alive():
-            _write_json(self.store.directory(run) / "live.json", self._live(run, now_ns))
+        self._tell_live(now_ns, set(ticks))
         self.store.rest({s.run for s in self.peers.streams.values()}, time.monotonic())
         self._bind_again()
         _write_json(self.store.root / "ingest.json", {"at_ns": now_ns, **self._counts()})
@@ -197,6 +255,21 @@ class Ingest:
             for run in self.store.open
             if (self.store.directory(run) / "requests" / "stop").exists()
         )
+
+    def _look_for_replaced(self) -> None:
+        """What is written to a deleted journal is seen by nobody: its ranks say HELLO to the one
+        that is there now, and send it what they keep."""
+        for run, journal in list(self.store.open.items()):
+            if not is_at(*journal.file):
+                log.error("somebody deleted or replaced the journal of run %s; going on", run)
+                self.peers.forget(run)
+                self.store.drop(run)
+
+    def _look_at_limits(self) -> None:
+        self.peers.full = self.watch.full(self.peers.full)
+        self.watch.look(self.peers.full, self.store.open)
+        self.peers.over_quota = self.watch.over_quota
+        self.peers.crowded = self.watch.crowded
 
     def _bind_again(self) -> None:
         """Whoever removed our socket's path (a logout does, in /run/user) cut off all new ranks."""
@@ -209,15 +282,23 @@ class Ingest:
                 except (zmq.ZMQError, OSError) as error:
                     log.error("cannot: %s", error)
 
-    def _runs_alive(self) -> set[str]:
-        return {s.run for s in self.peers.streams.values() if not s.blob}
+    def _tell_live(self, now_ns: int, runs: set[str]) -> None:
+        """live.json of each run that has a stream, or had one until now."""
+        streams: dict[str, list[Stream]] = {run: [] for run in runs}
+        for stream in self.peers.streams.values():
+            if not stream.file:
+                streams.setdefault(stream.run, []).append(stream)
+        for run, own in streams.items():
+            path = self.store.directory(run) / "live.json"
+            _write_json(path, self._live(run, own, now_ns))
 
     def _counts(self) -> dict[str, Any]:
         return {
             "pid": os.getpid(),
             "full": self.peers.full,
-            "streams": sum(not s.blob and not s.ended for s in self.peers.streams.values()),
-            "blobs": sum(s.blob is not None and not s.ended for s in self.peers.streams.values()),
+            "alarms": self.watch.alarms,
+            "streams": sum(not s.file and not s.ended for s in self.peers.streams.values()),
+            "blobs": sum(s.file is not None and not s.ended for s in self.peers.streams.values()),
             "counts": self.peers.counts,
             "journals": {
                 **self.store.ends,
@@ -225,26 +306,11 @@ class Ingest:
             },
         }
 
-    def _live(self, run: str, now_ns: int) -> dict[str, Any]:
-        streams = [
-            {
-                "stream": s.id.hex(),
-                "kind": s.kind,
-                "rank": s.about.get("rank"),
-                "node": s.about.get("node"),
-                "local_rank": s.about.get("local_rank"),
-                "heard_ns": s.heard_ns,
-                "silent": s.silent,
-                "ended": s.ended,
-                "durable": s.durable,
-                **{k: s.progress.get(k) for k in ("last", "step", "logged", "refused", "bad")},
-                "volatile": s.progress.get("volatile") or "",
-            }
-            for s in self.peers.streams.values()
-            if s.run == run and not s.blob
-        ]
+    def _live(self, run: str, streams: list[Stream], now_ns: int) -> dict[str, Any]:
+        newer = self.peers.superseded(run)
+        told = [{**_about(s), **_superseded(s, newer.get(s.id))} for s in streams]
         duplicates = self.peers.duplicates.get(run, 0)
-        return {"at_ns": now_ns, "pid": os.getpid(), "duplicates": duplicates, "streams": streams}
+        return {"at_ns": now_ns, "pid": os.getpid(), "duplicates": duplicates, "streams": told}
 
     def _leave(self) -> None:
         """Tell everyone, bring all to the disk, say that it is."""
@@ -257,10 +323,35 @@ class Ingest:
         for journal in self.store.open.values():
             _mark(journal)
             journal.close()
+        self.worker.close()
         self.socket.close(200)
+        if self.guarded:
+            self.guarded.close()
         for address in self.addresses:  # ours until this process lets go of its lock
             if address.startswith("ipc://"):
                 Path(address[6:]).unlink(missing_ok=True)
+
+
+def _about(s: Stream) -> dict[str, Any]:
+    """A stream in live.json; with what its HELLO (`ABOUT`) and PING (`PROGRESS`) told."""
+    return {
+        "stream": s.id.hex(),
+        "kind": s.kind,
+        "heard_ns": s.heard_ns,
+        "silent": s.silent,
+        "ended": s.ended,
+        "durable": s.durable,
+        **s.about,
+        **s.progress,
+    }
+
+
+def _superseded(s: Stream, newer: Stream | None) -> dict[str, Any]:
+    """By whom, and for how many seconds both have been heard."""
+    if newer is None:
+        return {}
+    seconds = (min(s.heard_ns, newer.heard_ns) - newer.opened_ns) / 1e9
+    return {"superseded": newer.id.hex(), "both_seconds": max(0.0, seconds)}
 
 
 def _mark(journal: Journal) -> None:
@@ -268,11 +359,6 @@ def _mark(journal: Journal) -> None:
         journal.mark()
     except OSError as error:  # no room: the next commit brings it, or a restart
         log.debug("cannot write a commit mark: %s", error)
-
-
-def _room(root: Path) -> bool:
-    stats = os.statvfs(root)
-    return stats.f_bavail * stats.f_frsize > 4 * COMMIT_BYTES
 
 
 def _newest(journal: Path) -> float:
@@ -290,12 +376,25 @@ def _expect_unfinished(store: RunStore, peers: Peers) -> None:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     """For display only, by rename; a full disk must not stop the loop."""
+    text = msgspec.json.encode(value)  # ten times as fast as json, for thousands of streams
+    part = path.with_suffix(".part")
     try:
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(value, skipkeys=True, default=repr))  # peers say what they like
+        part.write_bytes(text)
         part.rename(path)
     except OSError as error:
         log.debug("cannot write %s: %s", path, error)
+        part.unlink(missing_ok=True)
+        _write_over(path, text)
+
+
+def _write_over(path: Path, text: bytes) -> None:
+    """On a full disk: into the blocks that the file has. Whoever reads it at this very moment may
+    find it torn, and looks again; without it they would be told that the gateway is gone."""
+    try:
+        with path.open("r+b") as file:
+            file.write(text.ljust(path.stat().st_size))
+    except OSError as error:
+        log.debug("cannot write over %s: %s", path, error)
 
 
 def bind(addresses: list[str]) -> zmq.Socket[bytes]:
@@ -307,8 +406,8 @@ def bind(addresses: list[str]) -> zmq.Socket[bytes]:
     router.setsockopt(zmq.ROUTER_MANDATORY, 1)
     router.setsockopt(zmq.ROUTER_HANDOVER, 1)
     router.setsockopt(zmq.MAXMSGSIZE, frames.MAX_FRAME_BYTES)
-    router.setsockopt(zmq.RCVHWM, 10_000)
-    router.setsockopt(zmq.SNDHWM, 10_000)
+    router.setsockopt(zmq.RCVHWM, RECEIVE_FRAMES)
+    router.setsockopt(zmq.SNDHWM, SEND_FRAMES)
     router.setsockopt(zmq.HANDSHAKE_IVL, 5000)
     router.setsockopt(zmq.HEARTBEAT_IVL, 5000)
     router.setsockopt(zmq.HEARTBEAT_TIMEOUT, 30_000)
@@ -325,6 +424,8 @@ def listen(router: zmq.Socket[bytes], address: str) -> None:
         path = Path(address[6:])
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
+    if "[" in address:
+        router.setsockopt(zmq.IPV6, 1)
     before = os.umask(0o177)
     try:
         router.bind(address)
@@ -332,13 +433,48 @@ def listen(router: zmq.Socket[bytes], address: str) -> None:
         os.umask(before)
 
 
-def serve(root: Path, addresses: list[str], budget_bytes: int = BUDGET_BYTES) -> None:
-    """Run ingest for a data directory until SIGTERM. The caller holds the directory's lock."""
-    store = RunStore(root)
+def guard(root: Path, addresses: list[str], key: Key) -> Guarded | None:
+    """A ROUTER on the tcp addresses for those with a key, tried out; None without such an
+    address. Raises zmq.ZMQError, BadKey, Unguarded."""
+    network = [a for a in addresses if a.startswith("tcp://")]
+    if not network:
+        return None
+    router = bind([])
+    try:
+        guarded = Guarded(router, key, root / KEYS_DIR)
+        for address in network:
+            listen(router, address)
+            self_test(guarded, address)
+    except BaseException:
+        router.context.destroy(0)
+        raise
+    return guarded
+
+
+def serve(
+    root: Path,
+    addresses: list[str],
+    budget_bytes: int = BUDGET_BYTES,
+    key: Key | None = None,
+    limits: Limits | None = None,
+    disk: Disk | None = None,
+) -> None:
+    """Run ingest for a data directory until SIGTERM. The caller holds the directory's lock.
+
+    With a key, tcp addresses are encrypted and only for those who have it; without one they are
+    open to everybody. Raises zmq.ZMQError, BadKey, Unguarded.
+    """
+    store = RunStore(root, disk)
     session = int.from_bytes(os.urandom(8), "little") or 1
     ingest: Ingest
-    peers = Peers(session, store, budget_bytes, lambda run: run in ingest.stop_runs)
-    ingest = Ingest(store, peers, bind(addresses), addresses)
+    worker = Worker()
+    worker.start()
+    stop_asked = lambda run: run in ingest.stop_runs  # noqa: E731
+    peers = Peers(session, store, budget_bytes, stop_asked, worker.put)
+    guarded = guard(root, addresses, key) if key else None
+    plain = [a for a in addresses if not (guarded and a.startswith("tcp://"))]
+    watch = Watch(root, limits or Limits())
+    ingest = Ingest(store, peers, bind(plain), addresses, watch, worker, guarded=guarded)
     _expect_unfinished(store, peers)
 
     def stop(_signal: int, _frame: object) -> None:
@@ -346,7 +482,12 @@ def serve(root: Path, addresses: list[str], budget_bytes: int = BUDGET_BYTES) ->
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    note = {"pid": os.getpid(), "addresses": addresses, "host": sockets.gethostname()}
+    note = {
+        "pid": os.getpid(),
+        "addresses": addresses,
+        "host": sockets.gethostname(),
+        "public_key": server_public(key) if key else "",
+    }
     _write_json(root / "gateway.json", note)
     log.info("serving %s for %s", ", ".join(addresses), root)
     ingest.run()

@@ -8,7 +8,9 @@ from rank_client.wire.disk import Disk
 from rank_client.wire.records import (
     HEADER,
     HEADER_BYTES,
+    MAX_RECORD_BYTES,
     PAD_MASK,
+    Head,
     Kind,
     read_head,
     scan,
@@ -21,10 +23,14 @@ from rank_client.wire.segments import (
     segment_path,
 )
 
+from .salvage import BROKEN_BATCH, broken_batches, in_order
+
 CHUNK_BYTES = 4 << 20
 
 
 class Entry(NamedTuple):
+    """`kind` is of records.Kind, or BROKEN_BATCH."""
+
     seq: int
     kind: int
     body: memoryview
@@ -33,7 +39,8 @@ class Entry(NamedTuple):
 class JournalReader:
     """Reads entries after `seq`; `read` again gives what was committed since.
 
-    `damage` collects what could not be read; entries there are skipped.
+    `damage` collects what could not be read. Of the entries there only batches are given, as
+    BROKEN_BATCH, as some of their records may be good.
     """
 
     def __init__(self, disk: Disk, directory: str, after: int = 0) -> None:
@@ -70,24 +77,41 @@ class JournalReader:
                 return []  # a stretch without whole entries: wait or skip on the next poll
             self._open(later[0])
 
+    @property
+    def file(self) -> tuple[int, str]:
+        """The descriptor (-1: none yet) and the path of the segment being read."""
+        return self._fd, segment_path(self.directory, self._index)
+
     def close(self) -> None:
         if self._fd >= 0:
             self._disk.close(self._fd)
             self._fd = -1
 
     def _open_first(self) -> bool:
-        """Start in the last segment whose first entry is not beyond what is wanted."""
-        chosen = 0
-        for index in segment_indexes(self._disk, self.directory):
-            fd = self._disk.open_read(segment_path(self.directory, index))
-            head = self._disk.pread(fd, HEADER_BYTES, 0)
-            self._disk.close(fd)
-            if chosen and (len(head) < HEADER_BYTES or HEADER.unpack(head)[2] > self._after + 1):
+        """Start in the last segment that does not begin beyond what is wanted. One that does not
+        say where it begins is come to from those before it."""
+        indexes = segment_indexes(self._disk, self.directory)
+        for index in indexes[1:]:
+            first = self._first_of(index)
+            if first > self._after + 1:
                 break
-            chosen = index
-        if chosen:
-            self._open(chosen)
-        return chosen > 0
+            if first:
+                indexes[0] = index
+        if indexes:
+            self._open(indexes[0])
+        return bool(indexes)
+
+    def _first_of(self, index: int) -> int:
+        """The number of a segment's first entry, by its table; 0 when that is not readable."""
+        fd = self._disk.open_read(segment_path(self.directory, index))
+        try:
+            start = self._disk.pread(fd, HEADER_BYTES, 0)
+            size = HEADER.unpack(start)[1] if len(start) == HEADER_BYTES else 0
+            table = self._disk.pread(fd, min(size, MAX_RECORD_BYTES), 0)
+        finally:
+            self._disk.close(fd)
+        head = read_head(table, 0, len(table))
+        return head.seq if head and head.kind == Kind.TABLE else 0
 
     def _open(self, index: int) -> None:
         self.close()
@@ -117,11 +141,13 @@ class JournalReader:
         entries: list[Entry] = []
         kept = good = at = 0
         end = len(buf)
+        seq = self._after
         while (head := read_head(view, at, end)) is not None:
             at += head.size
             if head.kind == Kind.MARK or head.kind == Kind.TABLE:
                 kept, good = len(entries), at
-            elif head.seq > self._after:
+            elif head.seq > seq:  # a stretch that stands there twice counts once
+                seq = head.seq
                 stop = at - (head.flags & PAD_MASK)
                 entries.append(Entry(head.seq, head.kind, view[head.at + HEADER_BYTES : stop]))
         if sealed and whole and at == end:
@@ -144,15 +170,21 @@ class JournalReader:
         if good == 0:
             return []
         name = f"journal/{self._index:08d}.log"
-        for start, end in found.damage:
-            if start < good:
-                self.damage.append(f"{name}: bytes {base + start} to {base + end} are not readable")
-        entries = [
-            Entry(h.seq, h.kind, memoryview(buf)[h.body])
-            for h in found.heads
-            if h.at < good and h.seq > self._after and h.kind not in (Kind.MARK, Kind.TABLE)
-        ]
+        entries: list[Entry] = []
+        seq = self._after
+        for piece in in_order(found):
+            if piece[0] >= good:
+                break
+            if isinstance(piece, Head):
+                if piece.kind not in (Kind.MARK, Kind.TABLE) and piece.seq > seq:
+                    seq = piece.seq
+                    entries.append(Entry(seq, piece.kind, memoryview(buf)[piece.body]))
+                continue
+            start, end = piece
+            self.damage.append(f"{name}: bytes {base + start} to {base + end} are not readable")
+            broken = broken_batches(buf, start, end, seq + 1)
+            entries += [Entry(number, BROKEN_BATCH, body) for number, body in broken]
+            seq = entries[-1].seq if entries else seq
         self._at = base + good
-        if entries:
-            self._after = entries[-1].seq
+        self._after = seq
         return entries

@@ -16,6 +16,7 @@ from rank_client.wire.frames import DATA_HEAD
 from rank_client.wire.records import (
     HEADER_BYTES,
     PAD_MASK,
+    UNNUMBERED,
     BadRecord,
     Head,
     Kind,
@@ -31,13 +32,16 @@ from rank_client.wire.segments import (
     scan_segment,
     segment_indexes,
     segment_path,
+    sync_names,
 )
 
-RECEIVED = struct.Struct("<q")
+from .salvage import RECEIVED, broken_batches, in_order, salvage, stream_of
+
 RECEIVED_BYTES = RECEIVED.size
 _BATCH_HEAD = struct.Struct("<IQBBHIq")  # a record's header after its checksum, then `received`
 _BATCH_HEAD_BYTES = 4 + _BATCH_HEAD.size
 _MARK_BODY = b""
+DIRECTORIES_ABOVE = 3  #: run, runs and the data directory, which may be as new as the journal
 NEW_BYTES = 4096  #: the first segment of a journal that was never written to is smaller
 
 
@@ -101,7 +105,7 @@ class Journal:
         else:
             self._log.start(1)
             self._log.sync()
-            self._disk.sync_dir(directory)
+            sync_names(self._disk, directory, DIRECTORIES_ABOVE)
 
     # --- appending -----------------------------------------------------------
 
@@ -159,6 +163,11 @@ class Journal:
             self._log.append(self._mark())
             self._marked_seq = self.durable_seq
 
+    @property
+    def file(self) -> tuple[int, str]:
+        """The descriptor and the path of the segment being written."""
+        return self._log.fd, segment_path(self._log.directory, self._log.index)
+
     def close(self) -> None:
         self._log.close()
 
@@ -178,10 +187,10 @@ class Journal:
         disk, or a crash before the next commit would lose it unseen."""
         try:
             self.mark()
+            self._sync()  # first: a torn mark in front of another segment would be called damage
             before = self._log.start(self._log.index + 1)
         except OSError:
             return  # no room: goes on in the old one, the next commit tries again
-        self._disk.sync(before)
         self._disk.close(before)
         self._log.sync()
         self._disk.sync_dir(self._log.directory)
@@ -204,40 +213,57 @@ class Journal:
                 f"no segment in {directory} starts with a readable table. Move the directory away "
                 "to start a new journal; the ranks send again what they keep"
             )
-        for index, buf, found in scans:
-            for head in found.heads:
-                try:
-                    self._replay(head, buf)
-                except BadRecord as error:
-                    self.seq = head.seq
-                    path = segment_path(directory, index)
-                    self.damage.append(f"{path}: entry {head.seq} is not readable: {error}")
-            last = index == indexes[-1]
-            for start, end in found.damage:
-                if not (last and end == len(buf)):
-                    path = segment_path(directory, index)
-                    self.damage.append(f"{path}: bytes {start} to {end} are not readable")
         index, buf, found = scans[-1]
-        tail = found.damage[-1] if found.damage else None
-        size = tail[0] if tail and tail[1] == len(buf) else len(buf)
+        size = _sound_bytes(found, len(buf))
+        for number, data, pieces in scans:
+            end = size if number == index else len(data)
+            self._replay_segment(segment_path(directory, number), data, pieces, end)
         self.durable_seq = self.seq
         if size == 0:  # the crash came between making a segment and writing its table
             self._begin(index)
         else:
-            self._log.resume(index, size)
-            self._log.sync()
+            marks = [h.at for h in found.heads if h.kind == Kind.MARK and h.at < size]
+            self._log.resume(index, size, sure=marks[-1] if marks else 0)
+            # Whoever made the segment, or all of it, may have died before it was synced.
+            sync_names(self._disk, directory, DIRECTORIES_ABOVE)
         self._marked_seq = -1
         self.mark()
 
     def _begin(self, index: int) -> None:
         """Write the table of a segment that has nothing readable yet."""
-        self._log.resume(index, 0)
+        self._log.resume(index, 0, sure=0)
         self._log.append(b"".join(self._opening()))
         self._log.sync()
-        self._disk.sync_dir(self._log.directory)
+        sync_names(self._disk, self._log.directory, DIRECTORIES_ABOVE)
+
+    def _replay_segment(self, path: str, buf: bytes, found: Scan, size: int) -> None:
+        """Take in what stands in the first `size` bytes of a segment."""
+        for piece in in_order(found):
+            if piece[0] >= size:
+                return
+            if isinstance(piece, Head):
+                try:
+                    self._replay(piece, buf)
+                except (BadRecord, KeyError, TypeError, ValueError, struct.error) as error:
+                    self.seq = max(self.seq, piece.seq)
+                    self.damage.append(f"{path}: entry {piece.seq} is not readable: {error}")
+                continue
+            start, end = piece
+            self.damage.append(f"{path}: bytes {start} to {end} are not readable")
+            for _, body in broken_batches(buf, start, end, self.seq + 1):
+                self._replay_broken(body)
+
+    def _replay_broken(self, body: memoryview) -> None:
+        """As the rules do: a stream is stored up to the last record that is still good."""
+        mark = self.streams.get(stream_of(body))
+        if mark is not None:
+            heads = salvage(body, mark.high_water).heads
+            numbers = [h.seq for h in heads if h.kind not in UNNUMBERED]
+            mark.high_water = max([mark.high_water, *numbers])
 
     def _replay(self, head: Head, buf: bytes) -> None:
         if head.kind == Kind.MARK:
+            self.seq = max(self.seq, head.seq)  # the entries before it may be damaged
             return
         if head.kind == Kind.BATCH:
             at = head.at + HEADER_BYTES + RECEIVED_BYTES
@@ -260,4 +286,18 @@ class Journal:
         elif kind == Kind.GAP:
             self.streams.setdefault(body["stream"], Mark()).high_water = body["to"]
         elif kind == Kind.BYE:
-            self.streams.setdefault(body["stream"], Mark()).ended = True
+            mark = self.streams.setdefault(body["stream"], Mark())
+            # More only where a batch is damaged: the rules count the rest as lost.
+            mark.high_water = max(mark.high_water, body.get("final", 0))
+            mark.ended = True
+
+
+def _sound_bytes(found: Scan, size: int) -> int:
+    """How much of the newest segment to keep: up to the first damage without a mark after it.
+
+    What stands after the last mark may never have been synced, and its pages reach the disk in any
+    order: a good entry behind a hole would tell that its stream is stored, the hole included.
+    """
+    marks = [h.at for h in found.heads if h.kind in (Kind.MARK, Kind.TABLE)]
+    sure = max(marks, default=size)
+    return min((start for start, end in found.damage if start > sure or end == size), default=size)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
 import time
 from pathlib import Path
+from zlib import crc32
 
 import apsw
 
-from rank_client.wire.disk import OsDisk
+from rank_client.wire.disk import OsDisk, is_at
 from rank_client.wire.records import BadRecord
 
-from ..journal.reader import JournalReader
+from .. import parent
+from ..journal.reader import Entry, JournalReader
 from ..journal.writer import JournalDamaged
 from ..series.writer import Series
 
 POLL_SECONDS = 0.02
 LOOK_SECONDS = 0.5  #: how often new runs are looked for
 FETCH_BYTES = 8 << 20
+FULL_RETRY_SECONDS = 5.0  #: while the disk is full
 IDLE_SECONDS = 30.0  #: a run without news for so long is closed; it is opened again on news
 
 log = logging.getLogger("rankgate.rules")
@@ -35,9 +39,14 @@ class Follower:
         journal = reader.uuid()
         if journal is None:
             raise FileNotFoundError(run_dir / "journal")
+        self._journal = journal
         self.series = Series(run_dir / "series.db", journal)
-        self.reader = JournalReader(OsDisk(), str(run_dir / "journal"), self.series.cursor)
+        self._follow(after=max(0, self.series.cursor - 1))
+        self._verified = self.series.cursor == 0
         self.news_at = time.monotonic()
+
+    def _follow(self, after: int) -> None:
+        self.reader = JournalReader(OsDisk(), str(self.run_dir / "journal"), after)
         self._told = 0
 
     def step(self) -> bool:
@@ -48,15 +57,45 @@ class Follower:
             self.series.note_damage(news)
             for text in news:
                 log.error("run %s: %s; the good entries are kept", self.run_dir.name, text)
+        if entries and not self._verified:
+            entries = self._verify(entries)
         if not entries:
             return False
         self.series.apply(self.series.projection.take(entries))
         self.news_at = time.monotonic()
         return True
 
+    def _verify(self, entries: list[Entry]) -> list[Entry]:
+        """What follows the series' last entry, if that is still what the journal has there. A
+        journal put back to an older state goes on under its name with other entries."""
+        self._verified = True
+        first, cursor = entries[0], self.series.cursor
+        if first.seq != cursor:
+            return entries  # not readable any more
+        if crc32(first.body) == self.series.tail:
+            return entries[1:]
+        name = self.run_dir.name
+        log.warning("the journal of run %s was put back; its series is made anew", name)
+        self.series.close()
+        self.series = Series(self.run_dir / "series.db", self._journal, anew=True)
+        self._follow(after=0)
+        return self.reader.read(FETCH_BYTES)
+
+    def replaced(self) -> bool:
+        """Has somebody deleted the journal, or put another in its place?"""
+        fd, path = self.reader.file
+        return fd >= 0 and not is_at(fd, path)
+
     def close(self) -> None:
         self.reader.close()
         self.series.close()
+
+
+def _no_room(error: Exception) -> bool:
+    """SQLite says it in two ways: of its log, and of the memory that readers share."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOSPC
+    return isinstance(error, apsw.FullError | apsw.IOError)
 
 
 def _mtime(run_dir: Path) -> int:
@@ -89,7 +128,11 @@ class Rules:
                 self._begin(name, runs / name, changed)
         now = time.monotonic()
         for name, follower in list(self._open.items()):
-            if now - follower.news_at > IDLE_SECONDS:
+            if follower.replaced():
+                log.warning("the journal of run %s is another than before", name)
+                self._end(name)
+                self._seen.pop(name, None)
+            elif now - follower.news_at > IDLE_SECONDS:
                 self._seen[name] = _mtime(runs / name)
                 if not self._step(name, follower):
                     self._end(name)
@@ -116,7 +159,8 @@ class Rules:
 
     def _put_off(self, name: str, error: Exception) -> None:
         """One bad run must not stop the others: it is tried again, ever later."""
-        pause = min(2 * self._later.get(name, (0.0, LOOK_SECONDS))[1], 300.0)
+        longest = FULL_RETRY_SECONDS if _no_room(error) else 300.0
+        pause = min(2 * self._later.get(name, (0.0, LOOK_SECONDS))[1], longest)
         self._later[name] = (time.monotonic() + pause, pause)
         self._seen.pop(name, None)
         log.error("run %s cannot be projected (%s); tried again in %.0f s", name, error, pause)
@@ -148,10 +192,9 @@ def follow(root: Path) -> None:
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda s, _f: stopping.append(s))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = os.getppid()
     rules = Rules(root)
     look_at = 0.0
-    while not stopping and os.getppid() == parent:
+    while not stopping and not parent.gone():
         now = time.monotonic()
         if now >= look_at:
             look_at = now + LOOK_SECONDS

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from rank_client.wire.frames import DATA_HEAD, DATA_HEAD_BYTES
 from rank_client.wire.records import (
     HEADER_BYTES,
+    MAX_KEYS,
     ROW_HEAD_BYTES,
     UNNUMBERED,
     BadRecord,
@@ -31,6 +32,7 @@ from rank_client.wire.records import (
     walk,
 )
 
+from ..journal.salvage import BROKEN_BATCH, salvage, stream_of
 from .gate import Gate
 from .generations import Generations
 
@@ -41,7 +43,10 @@ ITEM_KINDS = {
     Kind.MEDIA: "media",
 }
 UNREADABLE = "not readable in the journal"
+ANOTHER_JOURNAL = "streams acknowledged by another journal"
 NEVER_CAME = "media lost (its bytes never came)"
+MAX_RUN_KEYS = MAX_KEYS  #: of all ranks together; each would cost every reader of the run
+TOO_MANY_KEYS = f"a key beyond the {MAX_RUN_KEYS:,} of a run"
 MAX_REFUSED = 1 << 48  #: calls that one record may tell of
 LOST_AFTER_NS = 60 * 10**9
 QUIET_NS = 15 * 10**9  #: how long a stream was unheard when a tick calls it quiet
@@ -70,6 +75,7 @@ class Stream:
     quarantined: int = 0
     gaps: int = 0
     refused: int = 0
+    bad: int = 0  #: values left out of calls that were kept
     status: str = ""  #: how its END record says it ended
     text: str = ""
     bye: bool = False
@@ -106,9 +112,11 @@ class Piece:
 
 @dataclass(slots=True)
 class Changes:
-    """What one fetch adds; tables and columns as in series/schema.sql."""
+    """What one fetch adds; tables and columns as in series/schema.sql. `tail` is the checksum of
+    the entry at `cursor`: by it a journal is known that was put back to an older state."""
 
     cursor: int = 0
+    tail: int = 0
     keys: list[tuple[int, str, str]] = field(default_factory=list)
     keysets: list[tuple[int, bytes]] = field(default_factory=list)
     layouts: list[tuple[int, int, int, bytes]] = field(default_factory=list)
@@ -157,11 +165,15 @@ class Projection:
         self._pieces, self._position, self._feed = {}, 0, []
         self._newest = {}
         for seq, kind, body in entries:
-            changes.cursor = seq
+            changes.cursor, last = seq, body
             if kind == Kind.BATCH:
                 self._batch(seq, body)
+            elif kind == BROKEN_BATCH:
+                self._broken_batch(seq, body)
             else:
                 self._event(seq, kind, body)
+        if changes.cursor:
+            changes.tail = crc32(last)
         for keyset, pieces in self._pieces.items():
             self._rows(keyset, pieces)
         self._feed.sort(key=lambda f: f[0])
@@ -171,10 +183,12 @@ class Projection:
 
     def _event(self, seq: int, kind: int, packed: memoryview) -> None:
         try:
-            body = unpack_map(bytes(packed))
-        except BadRecord:
+            self._mapped_event(seq, kind, unpack_map(bytes(packed)))
+        except (BadRecord, KeyError, TypeError, ValueError, AttributeError):
+            # Of a damaged journal: after a bad header, what a rank sent may look like an entry.
             self._count("unreadable journal entries")
-            return
+
+    def _mapped_event(self, seq: int, kind: int, body: dict[str, Any]) -> None:
         self.now_ns = max(self.now_ns, body.get("r", 0))
         if kind == Kind.OPEN:
             self._open(body)
@@ -193,14 +207,14 @@ class Projection:
             self._count("journal entries of an unknown stream")
             return
         if kind == Kind.GAP:
+            self._unreadable(stream, body["from"])
             self._gap(stream, body["from"], body["to"], "numbers its process no longer has")
         elif kind == Kind.BYE:
             stream.bye = True
+            self._refusals(stream, body)
             self._give_up_media(stream)
             stream.ended_ns = stream.ended_ns or body["r"]
-            if body["final"] > stream.last_seq:
-                # Ingest had them all, so only a damaged journal can lack some.
-                self._gap(stream, stream.last_seq + 1, body["final"], UNREADABLE)
+            self._unreadable(stream, body["final"] + 1)
             self._touch(stream)
 
     def _open(self, body: dict[str, Any]) -> None:
@@ -220,12 +234,20 @@ class Projection:
 
     def _tick(self, body: dict[str, Any]) -> None:
         self.duplicates = max(self.duplicates, body.get("dup", 0))
+        if body.get("changed"):
+            self._count(ANOTHER_JOURNAL, body["changed"])
         for name, value in (("quiet", self.now_ns - QUIET_NS), ("back", 0)):
             for id_ in body.get(name, ()):
                 stream = self.streams.get(id_)
                 if stream is not None:
                     stream.quiet_ns = value
                     self._touch(stream)
+
+    def _unreadable(self, stream: Stream, following: int) -> None:
+        """Count what is missing before a number. Ingest had it, as it accepts nothing that does
+        not follow: only a damaged journal has such a hole."""
+        if following > stream.last_seq + 1:
+            self._gap(stream, stream.last_seq + 1, following - 1, UNREADABLE)
 
     def _gap(self, stream: Stream, first: int, last: int, reason: str) -> None:
         stream.gaps += last - first + 1
@@ -287,9 +309,10 @@ class Projection:
         if stream is None:
             self._quarantine(entry, None, first, n, "a stream that was never opened")
             return
-        if first != stream.last_seq + 1:
-            # Only a damaged journal has such a hole: ingest accepts no other number.
-            self._gap(stream, stream.last_seq + 1, first - 1, UNREADABLE)
+        if first <= stream.last_seq:
+            self._quarantine(entry, None, first, n, "numbers that were told of before")
+            return
+        self._unreadable(stream, first)
         stream.last_seq = first + n - 1
         stream.stored += n
         stream.quiet_ns = 0
@@ -316,9 +339,30 @@ class Projection:
         if end != len(records) or numbered != list(range(first, first + n)):
             self._quarantine(entry, stream, first, n, "its records are not the ones it announced")
             return
+        self._take_records(entry, stream, heads, records)
+
+    def _broken_batch(self, entry: int, body: memoryview) -> None:
+        """A batch that is damaged on the disk: the records that are still good, and gaps."""
+        stream = self.streams.get(stream_of(body))
+        if stream is None:
+            self._count("journal entries of an unknown stream")
+            return
+        found = salvage(body, stream.last_seq)
+        for head in found.heads:
+            if head.kind not in UNNUMBERED:
+                self._unreadable(stream, head.seq)
+                stream.last_seq = head.seq
+                stream.stored += 1
+        self._touch(stream)
+        self._take_records(entry, stream, found.heads, found.records)
+
+    def _take_records(
+        self, entry: int, stream: Stream, heads: list[Head], records: memoryview
+    ) -> None:
+        """Good records in order; between those of a broken batch numbers may be missing."""
         run: list[Head] = []
         for head in heads:
-            if run and (head.kind != Kind.ROW or head.schema != run[-1].schema):
+            if run and not _goes_on(run[-1], head):
                 self._row_run(entry, stream, run, records)
                 run = []
             if head.kind == Kind.ROW:
@@ -334,7 +378,10 @@ class Projection:
         """Consecutive rows of one schema."""
         layout = stream.layouts.get(run[0].schema)
         if layout is None or any(h.size != layout.row_bytes for h in run):
-            self._quarantine(entry, stream, run[0].seq, len(run), "a row without its schema")
+            # Whether its schema was refused is not kept: where any was, that is the likely reason.
+            refused = layout is None and TOO_MANY_KEYS in self.counters
+            reason = TOO_MANY_KEYS if refused else "a row without its schema"
+            self._quarantine(entry, stream, run[0].seq, len(run), reason)
             return
         data = records[run[0].at : run[-1].at + run[-1].size]
         if len(data) != len(run) * layout.row_bytes:
@@ -361,6 +408,8 @@ class Projection:
             return
         known = stream.layouts.get(schema.id)
         if known is None:
+            if self._too_many(zip(schema.keys, schema.types, strict=True)):
+                return  # its rows are quarantined
             layout = self._layout(schema)
             stream.layouts[schema.id] = layout
             take = b"" if layout.take is None else layout.take.tobytes()
@@ -384,6 +433,14 @@ class Projection:
     def take_of(self, order: tuple[int, ...]) -> npt.NDArray[np.int64]:
         """One array object per column order, so that `is` tells whether two streams agree."""
         return self._takes.setdefault(order, np.array(order, np.int64))
+
+    def _too_many(self, columns: Iterable[tuple[str, str]]) -> bool:
+        """Would these give the run more keys than it may have?"""
+        new = sum(column not in self.keys for column in columns)
+        if new == 0 or len(self.keys) + new <= MAX_RUN_KEYS:
+            return False
+        self._count(TOO_MANY_KEYS)
+        return True
 
     def _keyset(self, columns: tuple[tuple[str, str], ...]) -> int:
         """Intern a sorted set of (key, type); ids follow the order of first appearance."""
@@ -474,6 +531,9 @@ class Projection:
     def _kv(self, entry: int, stream: Stream, seq: int, body: dict[str, Any]) -> None:
         values = sorted(((k, column_type_of(v)), v) for k, v in _map(body["v"]).items())
         columns = tuple(c for c, _ in values)
+        if self._too_many(columns):
+            self._quarantine(entry, stream, seq, 1, TOO_MANY_KEYS)
+            return
         codes = "".join("d" if t == "f8" else "q" for _, t in columns)
         packed = struct.pack(f"<qqq{codes}", body["s"], body["w"], 0, *(v for _, v in values))
         row = pack(Kind.ROW, seq, packed)
@@ -519,10 +579,28 @@ class Projection:
             stream.ended_ns = _i64(body.get("w", 0))
             stream.status = str(body.get("status", ""))[:32]
             stream.text = str(body.get("text", ""))
+            self._refusals(stream, body)
             if stream.kind == "tool" and isinstance(body.get("code"), int):
                 self.launchers[str(stream.hello.get("launch", ""))] = body["code"]
         else:
             self._count("records of an unknown kind")
+
+    def _refusals(self, stream: Stream, body: dict[str, Any]) -> None:
+        """The sums a stream ends with: what no LOSS record told of is told now."""
+        bad, refused, owed = body.get("bad"), body.get("refused"), body.get("owed")
+        if isinstance(bad, int) and 0 <= bad <= MAX_REFUSED:
+            stream.bad = max(stream.bad, bad)
+        if not isinstance(refused, int) or not stream.refused < refused <= MAX_REFUSED:
+            return
+        reasons = owed if isinstance(owed, dict) else {}
+        untold = refused - stream.refused
+        for reason, n in [*reasons.items(), ("refused at its end", untold)]:
+            n = min(n, untold) if isinstance(n, int) else 0
+            if n > 0:
+                last = stream.last_seq
+                self._changes.losses.append((stream.index, last, last, n, str(reason)))
+                untold -= n
+        stream.refused = refused
 
     def _quarantine(
         self, entry: int, stream: Stream | None, first: int, n: int, reason: str
@@ -561,6 +639,12 @@ class Projection:
 
     def _silent(self, stream: Stream) -> bool:
         return bool(stream.quiet_ns) and self.now_ns - stream.quiet_ns >= LOST_AFTER_NS
+
+
+def _goes_on(before: Head, head: Head) -> bool:
+    """Is this the next row of one stretch of rows?"""
+    same = head.kind == Kind.ROW and head.schema == before.schema
+    return same and head.seq == before.seq + 1
 
 
 def _i64(value: Any) -> int:

@@ -58,6 +58,7 @@ class StreamRow:
     quiet_ns: int
     last_step: int
     last_wall_ns: int
+    bad: int
 
     @property
     def node(self) -> str:
@@ -138,9 +139,20 @@ class Reader:
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self._db = open_reader(run_dir / "series.db")
+        self._inode = self._inode_now()
 
     def close(self) -> None:
         self._db.close()
+
+    def _inode_now(self) -> int:
+        try:
+            return (self.run_dir / "series.db").stat().st_ino
+        except FileNotFoundError:
+            return 0  # just being made anew
+
+    def replaced(self) -> bool:
+        """Was the series made anew? Then this still reads the old one."""
+        return self._inode_now() != self._inode
 
     def __enter__(self) -> Reader:
         return self
@@ -155,7 +167,7 @@ class Reader:
         generations: list[int] = []
         if "generations" in found:
             dump = msgpack.unpackb(found["generations"], strict_map_key=False)
-            generations = [g[0] for g in dump["order"]]
+            generations = [g[0] for g in dump]
         return About(
             found["build"],
             found["journal"],
@@ -175,7 +187,7 @@ class Reader:
         names = (
             "id, stream, hello, generation, rank, kind, last_seq, stored, projected, control, "
             "quarantined, gaps, refused, status, text, bye, ended_ns, quiet_ns, last_step, "
-            "last_wall_ns"
+            "last_wall_ns, bad"
         )
         rows = fetch(self._db, f"SELECT {names} FROM stream ORDER BY id")  # noqa: S608
         out = []

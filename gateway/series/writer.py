@@ -21,7 +21,7 @@ from ..rules.generations import Generations
 from ..rules.project import NEVER_CAME, TAIL_HEAD_COLUMNS, Changes, Layout, Projection, Stream
 from .db import fetch, open_writer
 
-FORMAT = 1
+FORMAT = 2
 SEAL_ROWS = 4096
 SEAL_BYTES = 4 << 20
 MERGE = 16
@@ -30,7 +30,7 @@ ROW_BYTES = HEADER_BYTES + ROW_HEAD_BYTES
 
 _STREAM_COLUMNS = (
     "last_seq", "stored", "projected", "control", "quarantined", "gaps", "refused", "status",
-    "text", "bye", "ended_ns", "quiet_ns", "last_step", "last_wall_ns", "generation",
+    "text", "bye", "ended_ns", "quiet_ns", "last_step", "last_wall_ns", "generation", "bad",
 )  # fmt: skip
 
 
@@ -42,15 +42,16 @@ def seal_rows(columns: int) -> int:
 class Series:
     """The writing end of one run's series.db, and the projection state it was built from."""
 
-    def __init__(self, path: Path, journal: bytes) -> None:
-        """Open, or begin anew when the file is another journal's or of another format."""
+    def __init__(self, path: Path, journal: bytes, anew: bool = False) -> None:
+        """Open, or begin anew: when that is asked for, or the file is another journal's or of
+        another format."""
         self._path = path
         try:
             db = self._open(path)
             found = self._about(db)
         except (apsw.NotADBError, apsw.CorruptError):
             found = None  # it is made from the journal, so it is made again
-        if found != (FORMAT, journal):
+        if found != (FORMAT, journal) or anew:
             if found is not None:
                 db.close()
             for suffix in ("", "-wal", "-shm"):
@@ -62,6 +63,8 @@ class Series:
                 db.executemany("INSERT INTO about VALUES(?, ?)", list(about.items()))
         self.db = db
         self.projection, self.cursor = load(db)
+        [(self.tail,)] = fetch(db, "SELECT value FROM about WHERE name = 'tail'") or [(0,)]
+        self._placed = len(self.projection.streams)
 
     @staticmethod
     def _open(path: Path) -> apsw.Connection:
@@ -151,18 +154,21 @@ class Series:
         state, reason = projection.state()
         values = {
             "cursor": changes.cursor or self.cursor,
+            "tail": changes.tail,
             "state": state,
             "reason": reason,
             "now_ns": projection.now_ns,
             "duplicates": projection.duplicates,
             "counters": msgpack.packb(dict(sorted(projection.counters.items()))),
-            "generations": msgpack.packb(projection.generations.dump()),
             "launchers": msgpack.packb(projection.launchers),
             "early_blobs": msgpack.packb(
                 [[*key, *told] for key, told in sorted(projection.early_blobs.items())]
             ),
             "gate": msgpack.packb(projection.gate.as_maps()),
         }
+        if len(projection.streams) != self._placed:  # it is large, and else as it was
+            self._placed = len(projection.streams)
+            values["generations"] = msgpack.packb(projection.generations.dump())
         self.db.executemany("INSERT OR REPLACE INTO about VALUES(?, ?)", list(values.items()))
 
     # --- rows ----------------------------------------------------------------
@@ -299,6 +305,7 @@ def load(db: apsw.Connection) -> tuple[Projection, int]:
         projection.generations = Generations.load(
             msgpack.unpackb(about["generations"], strict_map_key=False)
         )
+    if "counters" in about:
         projection.counters = msgpack.unpackb(about["counters"])
         projection.launchers = msgpack.unpackb(about["launchers"])
         projection.early_blobs = {

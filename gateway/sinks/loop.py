@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import apsw
 import numpy as np
 
 from ..ingest.media import blob_path
@@ -32,7 +33,7 @@ from .base import (
     Unavailable,
 )
 from .retry import Backoff
-from .store import Store
+from .store import Spans, Store
 
 FETCH_ENTRIES = 512
 ENDED = ("completed", "failed", "lost")
@@ -66,7 +67,7 @@ class Loop:
         self._backoff = backoff
         self._wait_for_end = wait_for_end
         self._opened = False
-        self._again = bool(store.about("intent", 0))
+        self._intended = store.intended()
         self._spans, self._media = store.taken()
         self._streams: dict[int, StreamRow] = {}
         self._batch: tuple[list[FeedEntry], list[Item]] | None = None
@@ -90,8 +91,10 @@ class Loop:
     def _retry(self, reason: str, after_seconds: float | None) -> float:
         self._store.forget_puts()
         self._quarantine.clear()
-        self._again = True
-        self._store.note(state="retrying", reason=reason[:1000])
+        try:
+            self._store.note(state="retrying", reason=reason[:1000])
+        except apsw.Error as error:
+            log.error("cannot note that (%s): %s", reason, error)  # its own disk is full, say
         return self._backoff.next_seconds(after_seconds)
 
     def _step(self) -> float:
@@ -104,13 +107,34 @@ class Loop:
         if not entries:
             self._batch = None
             return self._idle()
+        sent = Sent()
         if items:
-            self._store.intend(entries[-1].id)
-        sent = self._deliver(items, self._again) if items else Sent()
+            again = any(self._may_be_there(entry) for entry in entries)
+            self._intended |= self._reach(entries)
+            self._store.intend(self._intended)
+            sent = self._deliver(items, again)
         self._receipt(entries, items, sent)
-        self._batch, self._again = None, False
+        self._batch = None
         self._backoff.reset()
         return 0.0
+
+    def _may_be_there(self, entry: FeedEntry) -> bool:
+        """Did a delivery that has no receipt hold a part of this? Asked of the items' own numbers:
+        a series that is being rebuilt gives them out in other batches."""
+        return entry.first <= self._intended.get(self._key(entry), 0)
+
+    def _reach(self, entries: list[FeedEntry]) -> Spans:
+        """(stream, kind) → the highest number these entries hold, or one intended before."""
+        reach: Spans = {}
+        for entry in entries:
+            key = self._key(entry)
+            reach[key] = max(reach.get(key, self._intended.get(key, 0)), entry.last)
+        return reach
+
+    def _key(self, entry: FeedEntry) -> tuple[bytes, str]:
+        """Files come in any order, so that of theirs each stands for itself."""
+        kind = f"media {entry.first}" if entry.kind == "media" else entry.kind
+        return self._streams[entry.stream].id, kind
 
     # --- fetching ------------------------------------------------------------
 
@@ -124,6 +148,7 @@ class Loop:
         entries = self._reader.feed(self._cursor(), FETCH_ENTRIES)
         if entries:
             self._streams = {s.index: s for s in self._reader.streams()}
+            entries = self._as_before(entries)
         wanted = [w for e in entries if (w := self._untaken(e)) is not None]
         blocks = self._blocks(wanted)
         items: list[Item] = []
@@ -135,6 +160,12 @@ class Loop:
             else:
                 items.append(item)
         return entries, items
+
+    def _as_before(self, entries: list[FeedEntry]) -> list[FeedEntry]:
+        """Up to the last that may be there: with newer items before them in its requests, a sink
+        could not tell which of these are in doubt."""
+        doubted = [i for i, entry in enumerate(entries) if self._may_be_there(entry)]
+        return entries[: doubted[-1] + 1] if doubted else entries
 
     def _untaken(self, entry: FeedEntry) -> FeedEntry | None:
         stream = self._streams[entry.stream].id
@@ -218,6 +249,12 @@ class Loop:
                 key = (self._streams[entry.stream].id, entry.kind)
                 self._spans[key] = max(self._spans.get(key, 0), entry.last)
         self._media.update(media)
+        done = {self._key(e) for e in entries if e.kind == "media"}
+        intended = {
+            key: last
+            for key, last in self._intended.items()
+            if key not in done and last > self._spans.get(key, 0)
+        }
         self._store.receipt(
             delivered=sent.delivered,
             skipped=sent.skipped,
@@ -231,6 +268,7 @@ class Loop:
             },
             media=media,
             quarantine=self._quarantine,
+            intended=intended,
             about={
                 "state": "delivering",
                 "reason": "",
@@ -239,6 +277,7 @@ class Loop:
                 "sent_wall_ns": _newest(items) or self._store.about("sent_wall_ns", 0),
             },
         )
+        self._intended = intended  # only now: without a receipt it may be there still
         self._quarantine.clear()
 
     # --- the end -------------------------------------------------------------
@@ -258,6 +297,7 @@ class Loop:
             spans={},
             media=[],
             quarantine=[],
+            intended=self._intended,
             about={"state": "drained", "reason": "", "closed": about.state},
         )
         self._opened = False

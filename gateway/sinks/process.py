@@ -16,8 +16,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import apsw
 import msgspec
 
+from .. import parent
 from ..series.db import fetch, open_reader
 from ..series.reader import Reader
 from . import registry
@@ -111,20 +113,21 @@ def export(run_dir: Path, name: str, config: registry.SinkConfig) -> int:
 def _drive(reader: Reader, store: Store, sink: Sink, run_dir: Path, wait_for_end: bool) -> int:
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda s, _f: stopping.append(s))
-    parent = os.getppid()
     backoff = Backoff(random.random)
     loop = Loop(reader, store, sink, run_info(reader), backoff, wait_for_end)
-    while not stopping and os.getppid() == parent:
+    while not stopping and not parent.gone():
         wait = loop.step()
         if loop.off:
             log.warning("%s", loop.off)
             return OFF
         if loop.done:
             return 0
+        if reader.replaced():
+            return 1  # started again, it reads the new series
         if sink.stop_asked:
             _ask_to_stop(run_dir, sink.stop_asked)
         deadline = time.monotonic() + wait
-        while time.monotonic() < deadline and not stopping and os.getppid() == parent:
+        while time.monotonic() < deadline and not stopping and not parent.gone():
             time.sleep(min(0.1, max(0.0, deadline - time.monotonic())))
     return 1
 
@@ -144,8 +147,11 @@ def fresh(run_dir: Path, name: str, reader: Reader, offline: bool) -> bool:
     if not path.exists():
         return False
     about = reader.about()
-    view = read_view(path)
-    closed, feed, build = _marks(path)
+    try:
+        view = read_view(path)
+        closed, feed, build = _marks(path)
+    except apsw.Error:
+        return False  # killed while its file was being made: started again, it makes it whole
     if offline:
         return view.state == "exported" and feed >= reader.feed_end() and closed == about.state
     caught_up = build == about.build and feed >= reader.feed_end()

@@ -38,6 +38,8 @@ CREATE TABLE IF NOT EXISTS quarantine(
 
 EXPORT_SUFFIX = ".export"
 
+Spans = dict[tuple[bytes, str], int]  #: (stream, kind) → the highest number
+
 
 def store_name(sink: str, mode: str) -> str:
     """The file of a sink; an export has its own, as it knows nothing of what a service has."""
@@ -117,14 +119,19 @@ class Store:
     def _set(self, values: dict[str, Any]) -> None:
         self.db.executemany("INSERT OR REPLACE INTO about VALUES(?, ?)", list(values.items()))
 
-    def taken(self) -> tuple[dict[tuple[bytes, str], int], set[tuple[bytes, int]]]:
+    def taken(self) -> tuple[Spans, set[tuple[bytes, int]]]:
         """(stream, kind) → last seq dealt with; (stream, seq) of the files dealt with."""
         spans = {(s, k): last for s, k, last in fetch(self.db, "SELECT * FROM taken")}
         return spans, {(s, q) for s, q in fetch(self.db, "SELECT * FROM taken_media")}
 
-    def intend(self, batch: int) -> None:
+    def intended(self) -> Spans:
+        """What a delivery that has no receipt may have brought there."""
+        packed = self.about("intent")
+        return {(s, k): last for s, k, last in msgpack.unpackb(packed)} if packed else {}
+
+    def intend(self, spans: Spans) -> None:
         """Before a delivery: should we die now, the next life knows that this may be there."""
-        self.note(intent=batch)
+        self.note(intent=_packed(spans))
 
     def receipt(
         self,
@@ -132,12 +139,14 @@ class Store:
         delivered: int,
         skipped: dict[str, int],
         maybe_duplicate: int,
-        spans: dict[tuple[bytes, str], int],
+        spans: Spans,
         media: Iterable[tuple[bytes, int]],
         quarantine: Iterable[tuple[int, str, str]],
+        intended: Spans,
         about: dict[str, Any],
     ) -> None:
-        """After a delivery: counts, cursor and the sink's own notes in one transaction."""
+        """After a delivery: counts, cursor and the sink's own notes in one transaction.
+        `intended`: what may be there without a receipt even now."""
         now = time.time_ns()
         with self.db:
             self._write_memory(self._puts)
@@ -160,11 +169,15 @@ class Store:
                     **about,
                     "delivered": self.about("delivered", 0) + delivered,
                     "maybe_duplicate": self.about("maybe_duplicate", 0) + maybe_duplicate,
-                    "intent": 0,
+                    "intent": _packed(intended),
                     "updated_ns": now,
                 }
             )
         self._puts.clear()
+
+
+def _packed(spans: Spans) -> bytes:
+    return msgpack.packb([[*key, last] for key, last in spans.items()]) if spans else b""
 
 
 def read_view(path: Path) -> SinkView:

@@ -30,6 +30,17 @@ class Disk(Protocol):
     def unlink(self, path: str) -> None: ...
 
 
+def is_at(fd: int, path: str) -> bool:
+    """Is this open file still the one that its path names? Somebody may have deleted it, or put
+    another in its place."""
+    try:
+        there = os.stat(path)  # noqa: PTH116 - paths are str here
+    except OSError:
+        return False
+    here = os.fstat(fd)
+    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+
+
 class OsDisk:
     """The real disk. Files are 0600, directories 0700: logs may hold what others must not read."""
 
@@ -48,7 +59,8 @@ class OsDisk:
         os.makedirs(path, mode=0o700, exist_ok=True)  # noqa: PTH103 - paths are str here
 
     def create(self, path: str) -> int:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+        # For reading too: should somebody delete the file, nobody else could read it any more.
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
         return os.open(path, flags, 0o600)
 
     def open_append(self, path: str) -> int:

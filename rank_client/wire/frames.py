@@ -8,7 +8,7 @@ body first. docs/protocol.md describes every message.
 from __future__ import annotations
 
 import struct
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -25,6 +25,7 @@ DATA_HEAD_BYTES = DATA_HEAD.size
 
 MAX_DATA_BYTES = 64 << 10  #: of records in a DATA frame that holds more than one
 MAX_FRAME_BYTES = 1 << 20
+MAX_HELLO_BYTES = 16 << 10  #: of a HELLO's map, which a gateway keeps for as long as the run
 
 
 class Type(IntEnum):
@@ -39,6 +40,41 @@ class Type(IntEnum):
     BYE_ACK = 9
     DRAIN = 10
     UNKNOWN = 11
+
+
+#: The fields of each message's map, as docs/protocol.md lists them. HELLO has a stream's attributes
+#: besides, and whoever finds a field that it does not know skips it.
+FIELDS: dict[Type, tuple[str, ...]] = {
+    Type.HELLO: ("v", "nonce", "run", "kind", "first", "last", "acked", "journal"),
+    Type.WELCOME: ("v", "nonce", "journal", "durable", "credit", "now", "full"),
+    Type.REJECT: ("code", "text", "fatal", "retry_seconds", "v", "nonce"),
+    Type.DATA: (),
+    Type.ACK: ("durable", "credit", "back", "stop", "full"),
+    Type.PING: (
+        "t", "wall", "offset", "last", "step", "logged", "refused", "bad", "spool", "volatile",
+    ),
+    Type.PONG: ("t", "now", "durable", "credit", "stop", "full"),
+    Type.BYE: ("final", "status", "of", "media"),
+    Type.BYE_ACK: ("durable",),
+    Type.DRAIN: (),
+    Type.UNKNOWN: (),
+}  # fmt: skip
+
+
+class Code(str, Enum):
+    """Why a gateway rejects: the whole set. Fatal ones are not asked again."""
+
+    VERSION = "version"  # fatal: no version that both sides speak; `v` tells the gateway's
+    HELLO = "hello"  # fatal: a field of HELLO that cannot be
+    SIZE = "size"  # fatal: a HELLO above MAX_HELLO_BYTES
+    KEY = "key"  # fatal: the run is not the one that the key is for
+    STREAM = "stream"  # fatal: the stream is known, and of another run, kind or file
+    STREAMS = "streams"  # fatal: the run has as many streams as a run can have
+    JOURNAL = "journal"  # fatal: the run's journal is damaged
+    FULL = "full"  # the disk is full
+    STORAGE = "storage"  # the run's directory cannot be written
+    CROWDED = "crowded"  # the gateway has no descriptor left for another run or file
+    STRIKES = "strikes"  # too many bad frames
 
 
 class BadFrame(ValueError):

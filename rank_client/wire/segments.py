@@ -33,6 +33,15 @@ def segment_indexes(disk: Disk, directory: str) -> list[int]:
     return sorted(int(n[:-4]) for n in names if n.endswith(".log") and n[:-4].isdigit())
 
 
+def sync_names(disk: Disk, directory: str, above: int) -> None:
+    """Bring the names in a directory to the disk, and its own in so many directories above it,
+    which may have been made with it. Raises OSError."""
+    for _ in range(above + 1):
+        if directory:
+            disk.sync_dir(directory)
+        directory = directory.rpartition("/")[0]
+
+
 def read_whole(disk: Disk, path: str) -> bytes:
     fd = disk.open_read(path)
     try:
@@ -95,12 +104,24 @@ class SegmentLog:
         self.fd, self.index, self.size = fd, index, len(opening)
         return before
 
-    def resume(self, index: int, size: int) -> None:
-        """Go on in an existing segment, of which the first `size` bytes are good."""
-        self.fd = self.disk.open_append(segment_path(self.directory, index))
+    def resume(self, index: int, size: int, sure: int) -> None:
+        """Go on in an existing segment, of which the first `size` bytes are good, and bring them
+        to the disk. Of them `sure` are known to be there.
+
+        The rest is written again, as it is: after a failed fsync the page cache shows bytes that
+        are not on the disk, and that no later fsync brings there.
+        """
+        path = segment_path(self.directory, index)
+        self.fd = self.disk.open_append(path)
         if self.disk.size(self.fd) != size:
             self.disk.truncate(self.fd, size)
-            self.disk.sync(self.fd)
+        # Not through the appending descriptor: its writes go to the end, wherever they are aimed.
+        edit = self.disk.open_edit(path)
+        try:
+            self.disk.write_at(edit, self.disk.pread(edit, size - sure, sure), sure)
+        finally:
+            self.disk.close(edit)
+        self.disk.sync(self.fd)
         self.index, self.size = index, size
 
     def append(self, data: bytes | bytearray) -> None:

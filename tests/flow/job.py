@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -31,6 +32,13 @@ def wait_until(condition: Callable[[], Any], seconds: float = 30.0, what: str = 
             raise AssertionError(f"not within {seconds:g} s: {what or condition}")
         time.sleep(0.02)
     return found
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Job:

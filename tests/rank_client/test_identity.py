@@ -133,6 +133,13 @@ def test_a_launch_is_named_by_the_wrapper_first() -> None:
     assert launch({}) == identity.agent()
 
 
+def test_a_requeued_job_is_another_launch() -> None:
+    """Slurm keeps a job's id over a requeue; its count tells the launches apart."""
+    job = {"SLURM_JOB_ID": "7", "TORCHELASTIC_RUN_ID": "x"}
+    assert launch(job) == launch(job | {"SLURM_RESTART_COUNT": "0"}) == "7x"
+    assert launch(job | {"SLURM_RESTART_COUNT": "2"}) == "7+2x"
+
+
 def test_the_agent_tells_parents_apart() -> None:
     """The parent process is named with its boot and its start, as numbers are used again."""
     boot, pid, start = identity.agent().split(":")

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import rank_client
-from rank_client import run as run_module
+from rank_client import exits
 from rank_client.run import NullRun, Run
 from rank_client.wire.records import Kind
 from tests.rank_client.read import Written, on_disk
@@ -37,7 +37,7 @@ def a_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("RANKGATE_MODE", "offline")
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     yield
-    for run in list(run_module._live):
+    for run in list(exits.live):
         run.finish()
 
 
@@ -301,7 +301,7 @@ def test_a_forked_child_does_nothing(run: Run) -> None:
             run.log({"child": 1.0})
             run.log_text("child")
             assert run.finish() is True
-            run_module._exit_all()
+            exits.end_all()
             code = 0
         finally:
             os._exit(code)
@@ -410,3 +410,42 @@ def test_what_is_logged_after_finish_is_said(
     for _ in range(2):
         getattr(run, call)(*(("t", [[1]]) if call == "log_table" else ({"a": 1},)))
     assert caplog.text.count("log after finish does nothing") == 1
+
+
+def test_calls_after_finish_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    """How many came is in the books as long as the process lives, and said at its exit."""
+    run = rank_client.init(run="late")
+    run.finish()
+    for _ in range(3):
+        run.log({"a": 1.0})
+    exits.end_all()
+    assert run._spool.refused == {"after finish": 3}
+    assert "3 calls came after finish; none is logged" in caplog.text
+
+
+def test_an_interrupt_at_exit_ends_the_wait(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who presses Ctrl-C while an exit waits is not kept, and no trace of ours is printed."""
+
+    def interrupted(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    run.log({"a": 1.0})
+    monkeypatch.setattr(run._sender, "finish", interrupted)
+    exits.end_all()
+    assert [w.kind for w in written(run)] == [Kind.ROW, Kind.END]
+
+
+def test_secrets_do_not_reach_the_spool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts, params and the config are written with the mark in the place of a secret."""
+    monkeypatch.setenv("SERVICE_TOKEN", "plain-secret-value")
+    run = rank_client.init(run="r", tags=["plain-secret-value"], config={"password": "x", "lr": 1})
+    run.log_text("token=abcdef123456 and plain-secret-value")
+    run.log_summary({"note": "plain-secret-value"})
+    params, text, summary = written(run)
+    assert params.values["v"] == {"password": "[redacted]", "lr": 1}
+    assert text.values["t"] == "token=[redacted] and [redacted]"
+    assert summary.values["v"] == {"note": "[redacted]"}
+    segment = (
+        Path(os.environ["RANKGATE_SPOOL"]) / run.id / run.stream / "00000001.log"
+    ).read_bytes()
+    assert b"plain-secret" not in segment

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -16,7 +18,8 @@ from hypothesis import strategies as st
 
 from rank_client import spool as spool_module
 from rank_client.rows import Rows
-from rank_client.spool import COUNTS, Spool, spool_root
+from rank_client.spool import COUNTS, Spool, read_counts, spool_root, spool_share
+from rank_client.wire.disk import OsDisk
 from rank_client.wire.frames import MAX_DATA_BYTES, MAX_FRAME_BYTES
 from rank_client.wire.records import Kind, Schema, walk
 from tests.rank_client.read import Written, decode, on_disk
@@ -251,6 +254,276 @@ def test_a_spool_without_a_directory_is_in_memory(tmp_path: Path) -> None:
         spool.close()
 
 
+# --- the cap -------------------------------------------------------------------------------------
+
+
+def capped(directory: Path, cap_bytes: int = 20_000) -> Spool:
+    return Spool(str(directory), {}, segment_bytes=4000, cap_bytes=cap_bytes)
+
+
+def console(spool: Spool, size: int = 20) -> int:
+    return spool.append_map(Kind.TEXT, {"t": "x" * size}, console=True)
+
+
+@pytest.mark.usefixtures("small_marks")
+def test_classes_are_refused_one_after_the_other(tmp_path: Path) -> None:
+    """With nobody to take it, console lines end at half the cap, metrics at three quarters, the
+    rest at the cap; END and LOSS are always taken, and what is refused gets no number."""
+    spool = capped(tmp_path)
+    rows = Rows(spool, lambda *_: None)
+    ended: dict[str, int] = {}
+    for step in range(2000):
+        before = dict(spool.refused)
+        console(spool)
+        rows.log({"a": 1.0}, step)
+        text(spool)
+        for reason in spool.refused:
+            if reason not in before:
+                ended[reason.split()[0]] = spool.unacknowledged_bytes
+    assert list(ended) == ["console", "metrics", "records"]
+    for found, part in zip(ended.values(), (0.5, 0.75, 1.0), strict=True):
+        assert part * 20_000 <= found < part * 20_000 + 600
+    assert spool.closed == {"console", "metrics", "records"}
+    last, refused = spool.last, sum(spool.refused.values())
+    assert spool.append_map(Kind.END, {"status": "ended", **spool.final_counts()}) > last
+    found_ = on_disk(tmp_path)
+    assert [w.seq for w in found_] == list(range(1, spool.last + 1))
+    assert sum(w.values["n"] for w in found_ if w.kind == Kind.LOSS) == refused
+    assert found_[-1].values["refused"] == refused
+    spool.close()
+
+
+@pytest.mark.usefixtures("small_marks")
+def test_a_class_opens_again_when_the_gateway_has_taken_some(tmp_path: Path) -> None:
+    """As soon as enough is acknowledged calls are taken again, after a LOSS record that tells how
+    many were not: logged = what has a number + what is told as refused."""
+    spool = capped(tmp_path)
+    rows = Rows(spool, lambda *_: None)
+    for step in range(500):
+        rows.log({"a": 1.0}, step)
+    kept, refused = spool.last, sum(spool.refused.values())
+    assert kept + refused == 500
+    assert "metrics" in spool.closed
+    spool.acknowledge(kept // 2)
+    assert not spool.closed
+    rows.log({"a": 1.0}, 500)
+    assert spool.last == kept + 2
+    loss = on_disk(tmp_path)[kept]
+    assert (loss.kind, loss.values["n"]) == (Kind.LOSS, refused)
+    assert not spool.watchful, "the fast path is fast again"
+    spool.close()
+
+
+@pytest.mark.usefixtures("small_marks")
+def test_the_cap_holds_between_two_looks_of_the_sender(tmp_path: Path) -> None:
+    """A rank that writes as fast as it can, with no tick of the sender, ends near its cap."""
+    spool = capped(tmp_path, 50_000)
+    rows = Rows(spool, lambda *_: None)
+    for step in range(20_000):
+        rows.log({"a": 1.0, "b": 2.0}, step)
+    assert spool.unacknowledged_bytes <= 0.75 * 50_000 + 200 + 200
+    on_the_disk = sum(f.stat().st_size for f in tmp_path.glob("*.log"))
+    assert on_the_disk <= 0.75 * 50_000 + 200 + 200
+    spool.close()
+
+
+@pytest.mark.usefixtures("small_marks")
+def test_only_what_is_unacknowledged_counts(tmp_path: Path) -> None:
+    """A spool that keeps more than its cap of what is acknowledged refuses nothing."""
+    spool = Spool(str(tmp_path), {}, segment_bytes=4000, cap_bytes=20_000, keep_bytes=1 << 20)
+    for _ in range(1000):
+        text(spool, 100)
+        spool.acknowledge(spool.last)
+    assert spool.kept_bytes > 3 * 20_000
+    assert not spool.refused
+    spool.acknowledge(0)  # another journal, that has nothing: all of it waits again
+    assert spool.closed
+    spool.close()
+
+
+def test_files_are_refused_when_the_cap_is_reached(tmp_path: Path) -> None:
+    """Files that wait count with the records, but a large file never closes a class: metrics
+    beside a checkpoint larger than the cap are taken."""
+    spool = capped(tmp_path)
+    assert spool.admit_file(0)
+    assert not spool.admit_file(20_000)
+    assert spool.refused == {"files beyond the spool's cap": 1}
+    assert not spool.closed
+    spool.close()
+
+
+def test_refusals_by_class_and_reason_survive_a_kill(tmp_path: Path) -> None:
+    """What was refused, and what no LOSS record tells of yet, stands in the counts file at once;
+    after the LOSS records nothing is owed any more."""
+    spool = Spool(str(tmp_path), {}, cap_bytes=1)
+    console(spool)
+    spool.acknowledge(0)
+    rows = Rows(spool, lambda *_: None)
+    rows.log({"a": 1.0}, 0)
+    console(spool)
+    spool.refuse("bad step", 2)
+    spool.count_bad(7)
+    found = read_counts(OsDisk(), str(tmp_path))
+    owed = {
+        "metrics beyond the spool's cap": 1,
+        "console beyond the spool's cap": 1,
+        "bad step": 2,
+    }
+    assert found == (4, 7, owed)
+    spool.append_map(Kind.END, {"status": "ended"})
+    assert read_counts(OsDisk(), str(tmp_path)) == (4, 7, {})
+    spool.close()
+
+
+def test_counts_that_are_no_counts_are_zero(tmp_path: Path) -> None:
+    """No counts file, an empty one, one with a damaged map: no exception, and the sums if any."""
+    assert read_counts(OsDisk(), str(tmp_path)) == (0, 0, {})
+    (tmp_path / "counts").write_bytes(b"")
+    assert read_counts(OsDisk(), str(tmp_path)) == (0, 0, {})
+    (tmp_path / "counts").write_bytes(COUNTS.pack(3, 4) + b"\1" * 100)
+    assert read_counts(OsDisk(), str(tmp_path)) == (3, 4, {})
+
+
+def test_the_share_of_one_stream(tmp_path: Path) -> None:
+    """The ranks of a node divide the cap and what is kept; the variable sets the cap; a value
+    that is none changes nothing."""
+    whole = spool_share(tmp_path, {}, 1)
+    stats = os.statvfs(tmp_path)
+    assert 0 < whole.cap <= min(1 << 30, stats.f_blocks * stats.f_frsize // 10)
+    assert whole.keep == 256 << 20
+    assert spool_share(tmp_path, {"RANKGATE_SPOOL_CAP_MIB": "80"}, 8) == (10 << 20, 32 << 20)
+    for nonsense in ("", "0", "-1", "much"):
+        share = spool_share(tmp_path, {"RANKGATE_SPOOL_CAP_MIB": nonsense}, 1)
+        assert abs(share.cap - whole.cap) < 64 << 20
+    assert spool_share(tmp_path / "not there", {}, 0).cap == 1 << 30
+
+
+# --- somebody else's hands -----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_marks")
+def test_a_deleted_directory_comes_back(tmp_path: Path) -> None:
+    """Somebody deletes the spool's directory under a rank: `volatile` says so, no call fails, and
+    the next look brings everything that was read before, and all that follows, to a new one,
+    which is locked as the first was."""
+    directory = tmp_path / "s"
+    spool = Spool(str(directory), {}, segment_bytes=1000)
+    for _ in range(50):
+        text(spool)
+    assert len(read_all(spool)) == 50  # as the sender does, within milliseconds
+    shutil.rmtree(directory)
+    text(spool)
+    spool.refuse("bad step")
+    spool.sync()
+    assert "deleted" in spool.volatile
+    text(spool)
+    spool.heal()
+    assert not spool.volatile
+    spool.sync()
+    text(spool)
+    assert [w.seq for w in read_all(spool)] == list(range(1, spool.last + 1))
+    assert [w.seq for w in on_disk(directory)] == list(range(1, spool.last + 1))
+    assert read_counts(OsDisk(), str(directory)).refused == 1
+    assert tried_by_another_process(directory / "lock") == "held"
+    spool.close()
+
+
+@pytest.mark.usefixtures("small_marks")
+def test_a_deleted_file_that_nobody_had_read_is_given_up(tmp_path: Path) -> None:
+    """A sealed segment is deleted before it was sent: what stands before it is read, then what is
+    kept starts behind it, and the rest is read as ever."""
+    spool = Spool(str(tmp_path), {}, segment_bytes=1000)
+    for _ in range(100):
+        text(spool)
+    gone = spool._segments[1]
+    assert gone.end is not None
+    Path(gone.path).unlink()
+    at = 1
+    while True:
+        n, _ = spool.read(at, 1000)
+        if n == 0:
+            break
+        at += n
+    assert at == gone.first
+    assert spool.first_kept == 1, "not before all of it is acknowledged"
+    spool.acknowledge(at - 2)
+    assert spool.first_kept == 1
+    spool.acknowledge(at - 1)
+    assert spool.first_kept == gone.end[0]
+    assert [w.seq for w in read_all(spool, gone.end[0])] == list(range(gone.end[0], 101))
+    spool.close()
+
+
+@pytest.mark.usefixtures("small_marks")
+def test_a_cut_file_gives_what_is_whole(tmp_path: Path) -> None:
+    """Somebody cuts the file that is being written: the whole records before the cut are read,
+    what follows goes to another file, and what was cut off is given up."""
+    spool = Spool(str(tmp_path), {}, segment_bytes=100_000)
+    for _ in range(100):
+        text(spool)
+    path = Path(spool._segments[0].path)
+    os.truncate(path, path.stat().st_size // 2)
+    spool.sync()
+    assert "cut" in spool.volatile
+    spool.heal()
+    text(spool)
+    at = 1
+    while n := spool.read(at, 1000)[0]:
+        at += n
+    assert 30 < at < 60
+    spool.acknowledge(at - 1)
+    assert spool.first_kept == 101
+    assert [w.seq for w in read_all(spool, 101)] == [101]
+    spool.close()
+
+
+def test_a_read_only_disk_is_told_and_heals(tmp_path: Path) -> None:
+    """A disk that refuses every write with another error than `full`: as with a full one."""
+
+    class ReadOnlyDisk(FullDisk):
+        def _maybe(self, fd: int, data: bytes) -> int:
+            if self.is_full:
+                raise OSError(30, os.strerror(30))
+            return os.write(fd, data)
+
+    disk = ReadOnlyDisk()
+    spool = Spool(str(tmp_path), {}, disk)
+    text(spool)
+    disk.is_full = True
+    assert text(spool) == 2
+    assert "Read-only" in spool.volatile
+    disk.is_full = False
+    spool.heal()
+    assert [w.seq for w in on_disk(tmp_path)] == [1, 2]
+    spool.close()
+
+
+# --- another journal -----------------------------------------------------------------------------
+
+
+def test_schemas_are_restated_after_a_jump(tmp_path: Path) -> None:
+    """A journal that has nothing is sent rows from the middle of a segment, or from memory, with
+    every schema they need before them; a reader that goes on gets none twice."""
+    disk = FullDisk()
+    spool = Spool(str(tmp_path), {}, disk)
+    rows = Rows(spool, lambda *_: None)
+    for step in range(10):
+        rows.log({"a": 1.0}, step)
+        rows.log({"b": 1.0}, step)
+    assert [w.values for w in decode(spool.read(16, 1 << 16)[1])][:2] == [{"b": 1.0}, {"a": 1.0}]
+    disk.is_full = True
+    for step in range(10):
+        rows.log({"a": 1.0}, step)
+    assert [w.values for w in decode(spool.read(25, 1 << 16)[1])] == [{"a": 1.0}] * 6
+    rows.log({"a": 1.0}, 11)
+    schemas = {0: Schema(0, ("a",), ("f8",))}
+    n, data = spool.read(31, 1 << 16)
+    assert n == 1
+    assert [h.kind for h in walk(data)] == [Kind.ROW]
+    assert decode(data, schemas)
+    spool.close()
+
+
 # --- the lock ------------------------------------------------------------------------------------
 
 TRY_LOCK = """
@@ -314,6 +587,41 @@ def test_a_spool_somebody_else_holds_is_not_written(tmp_path: Path) -> None:
     assert not spool.volatile
     assert [w.seq for w in on_disk(tmp_path)] == [1]
     spool.close()
+
+
+FORKING = """
+import os, signal, sys, time
+from rank_client.spool import Spool
+from rank_client.wire.records import Kind
+spool = Spool(sys.argv[1], {})
+spool.append_map(Kind.TEXT, {"t": "x"})
+child = os.fork()
+if child == 0:
+    os.close(1)
+    time.sleep(60)
+    os._exit(0)
+print(child, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_forked_child_does_not_keep_the_spool_alive(tmp_path: Path) -> None:
+    """A DataLoader worker that outlives its SIGKILLed rank has the rank's descriptors, but not
+    its lock: the spool is seen as an orphan."""
+    rank = subprocess.Popen(
+        [sys.executable, "-c", FORKING, str(tmp_path / "s")], stdout=subprocess.PIPE
+    )
+    with rank:
+        assert rank.stdout is not None
+        child = int(rank.stdout.readline())
+    try:
+        assert rank.returncode == -signal.SIGKILL
+        os.kill(child, 0)
+        held = [link.readlink() for link in Path(f"/proc/{child}/fd").iterdir()]
+        assert tmp_path / "s" / "lock" in held, "it does hold the descriptor"
+        assert tried_by_another_process(tmp_path / "s" / "lock") == "free"
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 # --- what is kept --------------------------------------------------------------------------------

@@ -64,6 +64,8 @@ class StandIn:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.requests: list[tuple[str, str, int]] = []  #: (method, path, status), status 0 = cut
+        self.answering = 0  #: requests that have come and are not answered yet
+        self.latency_seconds = 0.0  #: of each answer: half before it is carried out, half after
         self._faults: list[Fault] = []
         outer = self
 
@@ -75,7 +77,13 @@ class StandIn:
                 pass
 
             def _serve(self) -> None:
-                outer._serve(self)
+                with outer.lock:
+                    outer.answering += 1
+                try:
+                    outer._serve(self)
+                finally:
+                    with outer.lock:
+                        outer.answering -= 1
 
             do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _serve
 
@@ -168,8 +176,10 @@ class StandIn:
             self._cut(handler, request)
             return
         else:
+            time.sleep(self.latency_seconds / 2)
             with self.lock:
                 reply = self.handle(request)
+            time.sleep(self.latency_seconds / 2)
             if fault:
                 self._cut(handler, request)
                 return

@@ -155,6 +155,9 @@ def test_all_arrives_and_is_counted(
         for epoch, values in server.epochs(model).items()
     }
     assert arrived == story.epochs
+    saved = server.models[model].checkpoints
+    files = [one[1] if protocol == "platform" else one.body for one in saved]
+    assert sum(files.count(one) > 1 for one in set(files)) <= account.maybe_duplicate
     if protocol == "platform":
         lines = server.console(model) if story.lines else []
         assert list(dict.fromkeys(lines)) == story.lines

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import apsw
 import pytest
 
 from gateway.rules.follow import rebuild
@@ -183,6 +184,56 @@ def test_a_death_between_delivery_and_receipt_is_told_to_the_sink(tmp_path: Path
     driven.run()
     assert driven.sink.again[0] is True
     assert points(driven.sink.received) == want()
+    driven.check()
+
+
+def test_what_came_after_a_death_waits_for_the_batch_in_doubt(tmp_path: Path) -> None:
+    """The very same batch comes again: its requests must be those that may have been answered."""
+
+    class Killed(MemorySink):
+        def send(self, batch: Sequence[Item], again: bool) -> Sent:
+            super().send(batch, again)
+            raise SystemExit
+
+    made = RunBuilder(tmp_path, "r1")
+    rank = made.rank(0).text("before")
+    sink = Killed()
+    driven = Driven(made.close(), sink)
+    with pytest.raises(SystemExit):
+        driven.loop.step()
+    driven.close()
+    rank.params({"lr": 0.1}).text("after").end()
+    made.close()
+    second = driven.sink = MemorySink()
+    driven.open()
+    driven.loop.step()
+    assert (second.received, second.again) == (sink.received, [True])
+    driven.run()
+    assert second.again == [True, False]
+    driven.check()
+
+
+def test_a_receipt_that_finds_no_room_leaves_its_batch_in_doubt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the sink's own disk is full after a delivery, the loop lives on, and the batch comes
+    again marked as one that may be there."""
+    driven = Driven(builder(tmp_path).close(), MemorySink())
+    note = driven.store.note
+
+    def full(**_: object) -> None:
+        raise apsw.FullError("database or disk is full")
+
+    def no_retry_noted(**values: object) -> None:
+        full() if values.get("state") == "retrying" else note(**values)
+
+    with monkeypatch.context() as no_room:
+        no_room.setattr(driven.store, "receipt", full)
+        no_room.setattr(driven.store, "note", no_retry_noted)
+        assert driven.loop.step() > 0
+        assert driven.sink.again == [False]
+    driven.run()
+    assert driven.sink.again[:2] == [False, True]
     driven.check()
 
 

@@ -85,14 +85,16 @@ class HubSink:
         return turn.sent
 
     def close(self, state: str, reason: str) -> Sent:
-        turn = Turn(self._memory, again=False)
+        turn = Turn(self._memory, again=bool(self._memory.get("closing")))
         if turn.get("closed") != state:
+            turn.put_now("closing", True)  # should we die now, a held checkpoint may be there
             self._send_held(turn)
             self._finish(state, reason, turn)
             opened = OpenEpochs(turn.get("open"))
             turn.sent.skip(NO_EPOCH, opened.points)
             turn.put("open", None)
             turn.put("closed", state)
+            turn.put("closing", None)
             turn.commit(None)
         self._wire.close()
         return turn.sent

@@ -130,7 +130,9 @@ class LegacySink(HubSink):
             fields |= {"type": "epoch", "isBest": str(bool(meta.get("best")))}
         name = "best.pt" if meta.get("final") else "last.pt"
         path = f"{MODELS}/{self._model(turn)}/upload"
+        doubtful = turn.doubtful
         self._wire.post_file(path, fields, name, media.path)
+        turn.doubt(int(doubtful))
         turn.confirm([item_mark(media)])
         turn.sent.delivered += 1
 

@@ -169,6 +169,7 @@ class PlatformSink(HubSink):
 
     def _upload(self, media: Media, turn: Turn) -> None:
         model = self._model(turn)
+        doubtful = turn.doubtful
         name = re.sub(r"[^\w.-]", "_", media.name)
         place = {"filename": name, "modelId": model["id"], "runId": model["run_id"]}
         answer = self._wire.call("POST", UPLOADS, place)
@@ -184,6 +185,7 @@ class PlatformSink(HubSink):
         if not self._event("checkpoint_saved", saved, turn):
             turn.sent.skip(IGNORED)
             return
+        turn.doubt(int(doubtful))
         turn.confirm([item_mark(media)])
         turn.sent.delivered += 1
         if media.meta.get("best") or media.meta.get("final") or not turn.get("weights"):

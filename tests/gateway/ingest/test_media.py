@@ -25,7 +25,14 @@ def chunks(content: bytes) -> list[bytes]:
 
 
 def opened(tmp_path: Path, content: bytes = CONTENT) -> Blob:
-    return Blob.open(OsDisk(), "r", tmp_path, sha(content), len(content))
+    blob = Blob.announced(OsDisk(), "r", tmp_path, sha(content), len(content))
+    blob.open()
+    return blob
+
+
+def write(blob: Blob, *pieces: bytes) -> None:
+    for piece in pieces:
+        blob.write(blob.high_water + 1, piece)
 
 
 def test_both_sides_cut_alike() -> None:
@@ -38,8 +45,7 @@ def test_a_whole_file_stands_under_its_hash(tmp_path: Path, size: int) -> None:
     """After the last chunk the file is at its place, private, and no part file is left."""
     content = os.urandom(size)
     blob = opened(tmp_path, content)
-    for piece in chunks(content):
-        blob.write(piece)
+    write(blob, *chunks(content))
     path = blob_path(tmp_path, sha(content))
     assert not path.exists()
     blob.finish()
@@ -52,15 +58,14 @@ def test_a_restart_goes_on_with_the_part_file(tmp_path: Path) -> None:
     """Opened again, also after a torn write, a file goes on after its last whole chunk."""
     pieces = chunks(CONTENT)
     first = opened(tmp_path)
-    first.write(pieces[0])
+    write(first, pieces[0])
     first.close()
     part = Path(f"{first.path}.part")
     with part.open("ab") as file:
         file.write(b"torn")
     second = opened(tmp_path)
     assert second.high_water == 1
-    for piece in pieces[1:]:
-        second.write(piece)
+    write(second, *pieces[1:])
     second.finish()
     assert second.path.read_bytes() == CONTENT
 
@@ -68,8 +73,7 @@ def test_a_restart_goes_on_with_the_part_file(tmp_path: Path) -> None:
 def test_a_file_that_is_there_is_not_taken_again(tmp_path: Path) -> None:
     """A file the run has is whole at once, for whoever sends it next."""
     blob = opened(tmp_path)
-    for piece in chunks(CONTENT):
-        blob.write(piece)
+    write(blob, *chunks(CONTENT))
     blob.finish()
     again = opened(tmp_path)
     assert again.whole
@@ -80,8 +84,9 @@ def test_a_file_that_is_there_is_not_taken_again(tmp_path: Path) -> None:
 def test_a_lie_about_the_hash_leaves_nothing(tmp_path: Path) -> None:
     """Bytes that do not have the announced hash are refused and removed, and the right ones can
     be sent afterwards."""
-    blob = Blob.open(OsDisk(), "r", tmp_path, sha(CONTENT), 5)
-    blob.write(b"wrong")
+    blob = Blob.announced(OsDisk(), "r", tmp_path, sha(CONTENT), 5)
+    blob.open()
+    write(blob, b"wrong")
     with pytest.raises(BadBlob, match="sha256"):
         blob.finish()
     assert list(blob.path.parent.iterdir()) == []
@@ -95,7 +100,7 @@ def test_a_chunk_of_a_wrong_length_is_refused(tmp_path: Path, size: int) -> None
     """Every chunk but the last is full, and none goes beyond the announced size."""
     blob = opened(tmp_path)
     with pytest.raises(BadBlob, match="length"):
-        blob.write(bytes(size))
+        write(blob, bytes(size))
     assert blob.high_water == 0
     blob.close()
 
@@ -103,11 +108,11 @@ def test_a_chunk_of_a_wrong_length_is_refused(tmp_path: Path, size: int) -> None
 def test_nothing_goes_beyond_the_end(tmp_path: Path) -> None:
     """After the last chunk there is room for no other."""
     blob = opened(tmp_path, b"abc")
-    blob.write(b"abc")
+    write(blob, b"abc")
     with pytest.raises(BadBlob, match="length"):
-        blob.write(b"")
+        write(blob, b"")
     with pytest.raises(BadBlob, match="length"):
-        blob.write(b"x")
+        write(blob, b"x")
     blob.close()
 
 
@@ -129,7 +134,7 @@ def test_nothing_goes_beyond_the_end(tmp_path: Path) -> None:
 def test_announcements_that_make_no_sense(tmp_path: Path, sha256: Any, size: Any) -> None:
     """What is no sha256 or no size is refused before anything is made, so no name is a path."""
     with pytest.raises(BadBlob):
-        Blob.open(OsDisk(), "r", tmp_path, sha256, size)
+        Blob.announced(OsDisk(), "r", tmp_path, sha256, size)
     assert list(tmp_path.iterdir()) == []
 
 

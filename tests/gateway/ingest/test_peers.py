@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.ingest.media import CHUNK_BYTES, blob_path
-from gateway.ingest.peers import CREDIT_FLOOR_BYTES, CREDIT_TOP_BYTES, GONE_NS, SILENT_NS, Peers
+from gateway.ingest import peers
+from gateway.ingest.media import CHUNK_BYTES, Job, blob_path
+from gateway.ingest.peers import (
+    CREDIT_FLOOR_BYTES,
+    CREDIT_TOP_BYTES,
+    GONE_NS,
+    SILENT_NS,
+    STRIKE_NS,
+    STRIKE_PAUSE_SECONDS,
+    STRIKES,
+    Peers,
+)
 from gateway.journal.reader import Entry
-from gateway.journal.writer import Journal
+from gateway.journal.writer import Journal, Mark
 from rank_client.wire import frames
 from rank_client.wire.disk import OsDisk
 from rank_client.wire.frames import Control, Type
@@ -42,12 +52,14 @@ class Gateway:
         self.stopped: set[str] = set()
         self.budget_bytes = budget_bytes
         self.now = SECOND
+        self.work: Callable[[Job], None] | None = None
         self.start(SESSION)
 
     def start(self, session: int) -> None:
         """A new life of the gateway, from what is on disk."""
         self.journals = {}
-        self.peers = Peers(session, self, self.budget_bytes, lambda run: run in self.stopped)
+        stop = lambda run: run in self.stopped  # noqa: E731
+        self.peers = Peers(session, self, self.budget_bytes, stop, self.work)
 
     def journal(self, run: str) -> Journal:
         if run not in self.journals:
@@ -76,9 +88,15 @@ class Gateway:
         head = frames.read_data(made)
         return frames.data(SESSION, head.stream, head.first, head.n, made[frames.DATA_HEAD_BYTES :])
 
+    def ping(self, stream: bytes = A, peer: bytes = PEER, **body: Any) -> Any:
+        return self.say(frames.control(Type.PING, SESSION, stream, body), peer)
+
     def bye(self, final: int, stream: bytes = A, peer: bytes = PEER) -> Any:
         body = {"final": final, "status": "completed"}
         return self.say(frames.control(Type.BYE, SESSION, stream, body), peer)
+
+    def committed(self, failed: set[str]) -> list[tuple[bytes, Control]]:
+        return [(to, frames.read_control(f)) for to, f in self.peers.committed(frozenset(failed))]
 
     def commit(self) -> list[tuple[bytes, Control]]:
         for journal in self.journals.values():
@@ -224,11 +242,11 @@ def test_what_is_no_frame_is_counted_and_dropped(gateway: Gateway) -> None:
 def test_credit_is_the_budget_shared_by_streams(tmp_path: Path) -> None:
     """Each stream gets its share of the budget, within a floor and a top."""
     gateway = Gateway(tmp_path, budget_bytes=1 << 20)
-    assert gateway.hello(bytes([0]) * 16).body["credit"] == 1 << 20
+    assert gateway.hello(bytes([0]) * 16).body["credit"] == 1 << 19  # twice that may be on the way
     for n in range(1, 4):
         credit = gateway.hello(bytes([n]) * 16).body["credit"]
-    assert credit == (1 << 20) // 4
-    for n in range(4, 60):
+    assert credit == (1 << 19) // 4
+    for n in range(4, 70):
         credit = gateway.hello(bytes([n]) * 16).body["credit"]
     assert credit == CREDIT_FLOOR_BYTES
     assert Gateway(tmp_path).hello().body["credit"] == CREDIT_TOP_BYTES
@@ -304,7 +322,6 @@ for _ in range(6):
         ({"v": [1]}, "versions"),
         ({"v": ["a", "b"]}, "versions"),
         ({"v": [None, 1]}, "versions"),
-        ({"v": [2, 3]}, "speaks protocol 1"),
         ({"run": None}, "run id"),
         ({"run": "../up"}, "run id"),
         ({"run": ".."}, "run id"),
@@ -326,12 +343,95 @@ def test_a_hello_that_makes_no_sense_is_rejected(
     no entry."""
     answer = gateway.hello(**more)
     assert answer.type == Type.REJECT
-    assert answer.body["fatal"]
+    assert (answer.body["fatal"], answer.body["code"]) == (True, "hello")
     assert reason in answer.body["text"]
     assert gateway.peers.streams == {}
-    assert gateway.peers.counts == {"rejected": 1}
+    assert gateway.peers.counts == {"rejected: hello": 1}
     gateway.commit()
     assert gateway.disks.get("r") is None or gateway.entries() == []
+
+
+def test_another_version_is_told_which_are_spoken(gateway: Gateway) -> None:
+    """A HELLO of versions that this gateway does not speak, in a frame of any version, is rejected
+    with those that it does."""
+    by_range = gateway.hello(v=[2, 3])
+    frame_of_2 = bytearray(frames.control(Type.HELLO, 0, A, {"v": [2, 2]}))
+    frame_of_2[2] = 2
+    [(_, by_frame)] = gateway.say(bytes(frame_of_2))
+    for answer in (by_range, by_frame):
+        assert (answer.type, answer.stream) == (Type.REJECT, A)
+        assert (answer.body["code"], answer.body["v"]) == ("version", [1, 1])
+        assert answer.body["fatal"]
+
+
+@pytest.mark.parametrize("kind", ["live", "blob"])
+def test_the_answer_to_hello_echoes_its_nonce(gateway: Gateway, kind: str) -> None:
+    """WELCOME and REJECT name the HELLO they answer, and the journal does not keep it."""
+    more = {"sha256": SHA, "size": 5} if kind == "blob" else {}
+    assert gateway.hello(kind=kind, nonce=b"n1", **more).body["nonce"] == b"n1"
+    assert gateway.hello(kind="spy", nonce=b"n2").body["nonce"] == b"n2"
+    gateway.commit()
+    assert all(b"n1" not in bytes(e.body) for e in gateway.entries())
+
+
+def test_a_hello_that_is_too_large_is_rejected(gateway: Gateway) -> None:
+    """A HELLO above its limit is rejected unread; one below is kept as it is."""
+    answer = gateway.hello(tags=["x" * frames.MAX_HELLO_BYTES])
+    assert (answer.type, answer.body["code"]) == (Type.REJECT, "size")
+    assert gateway.peers.streams == {}
+    assert gateway.hello(tags=["x" * (frames.MAX_HELLO_BYTES - 200)]).type == Type.WELCOME
+
+
+def test_a_run_has_only_so_many_streams(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One stream more than the journal's table can hold is rejected; those that are there go on."""
+    monkeypatch.setattr(peers, "MAX_STREAMS", 2)
+    gateway.hello(A)
+    gateway.hello(B)
+    answer = gateway.hello(b"c" * 16)
+    assert (answer.type, answer.body["code"]) == (Type.REJECT, "streams")
+    assert gateway.hello(b"c" * 16, run="other").type == Type.WELCOME
+    assert gateway.hello(A).type == Type.WELCOME
+
+
+def test_the_largest_table_can_be_read() -> None:
+    """A journal with as many streams as a run may have goes on in a new segment, and recovers."""
+    disk = MemoryDisk()
+    journal = make(disk, 1)
+    for n in range(peers.MAX_STREAMS):
+        journal.streams[n.to_bytes(16, "little")] = Mark(peers.MAX_NUMBER)
+    journal.append_map(Kind.TICK, 1, {"quiet": []})
+    journal.commit()  # begins a segment, with the table
+    again = make(disk.copy(), 1)
+    assert len(again.streams) == peers.MAX_STREAMS
+    assert not again.damage
+
+
+def test_without_descriptors_only_those_here_go_on(gateway: Gateway) -> None:
+    """A crowded gateway rejects, for now, what needs a descriptor: another run, and files."""
+    gateway.hello(A)
+    gateway.peers.crowded = True
+    for more in ({"run": "other"}, {"kind": "blob", "sha256": SHA, "size": 5}):
+        answer = gateway.hello(b"c" * 16, **more)
+        assert (answer.body["code"], answer.body["fatal"]) == ("crowded", False)
+    assert gateway.hello(B).type == Type.WELCOME
+
+
+def test_every_answer_has_only_the_fields_of_its_message(gateway: Gateway) -> None:
+    """What the gateway says is what frames.FIELDS, and so docs/protocol.md, lists."""
+    said = [
+        gateway.hello(nonce=b"n"),
+        gateway.hello(kind="spy", nonce=b"n"),
+        gateway.hello(v=[9, 9]),
+    ]
+    gateway.data(1)
+    said += [a for _, a in gateway.commit()]
+    gateway.stopped = {"r"}
+    gateway.peers.full = True
+    said += [a for _, a in (*gateway.commit(), *gateway.ping(), *gateway.data(9))]
+    said += [a for _, a in (*gateway.bye(1), *gateway.commit())]
+    assert {m.type for m in said} >= {Type.WELCOME, Type.REJECT, Type.ACK, Type.PONG, Type.BYE_ACK}
+    for message in said:
+        assert set(message.body) <= set(frames.FIELDS[Type(message.type)]), message
 
 
 def test_a_hello_as_deep_as_allowed_survives_a_restart(gateway: Gateway) -> None:
@@ -374,12 +474,16 @@ def test_a_run_that_cannot_be_written_is_asked_for_later(
 
 
 def test_a_gap_is_written_down(gateway: Gateway) -> None:
-    """A living rank that no longer has numbers opens a gap, once, and goes on after it."""
+    """A living rank that no longer has numbers opens a gap, once, and goes on after it; it is
+    welcomed when that is on disk."""
     gateway.hello()
     gateway.data(1, 2)
     gateway.commit()
-    for _ in range(2):
-        assert gateway.hello(first=10).body["durable"] == 9
+    say_hello = frames.control(Type.HELLO, 0, A, {**GOOD, "first": 10})
+    assert gateway.say(say_hello) == gateway.say(say_hello) == []
+    [(_, welcome)] = gateway.commit()
+    assert (welcome.type, welcome.body["durable"]) == (Type.WELCOME, 9)
+    assert gateway.hello(first=10).body["durable"] == 9
     assert gateway.data(10) == []
     gateway.commit()
     gaps = [unpack_map(bytes(e.body)) for e in gateway.entries() if e.kind == Kind.GAP]
@@ -441,6 +545,179 @@ def test_a_wish_to_stop_goes_with_every_answer(gateway: Gateway) -> None:
     gateway.stopped = {"r"}
     ping = [gateway.say(frames.control(Type.PING, SESSION, s, {}))[0][1] for s in (A, B)]
     assert ["stop" in p.body for p in ping] == [True, False]
+
+
+# --- who misbehaves ------------------------------------------------------------------------------
+
+
+def junk(gateway: Gateway, n: int, peer: bytes = PEER) -> list[tuple[bytes, Control]]:
+    return [answer for _ in range(n) for answer in gateway.say(b"x" * 40, peer)]
+
+
+def test_a_peer_of_many_bad_frames_has_to_pause(gateway: Gateway) -> None:
+    """After so many bad frames within a minute its streams are rejected for a while and nothing
+    it sends is looked at; another peer notices nothing; after the pause it is welcome."""
+    gateway.hello(A, PEER)
+    gateway.hello(B, OTHER_PEER)
+    assert junk(gateway, STRIKES - 1) == []
+    [(peer, answer)] = junk(gateway, 1)
+    assert (peer, answer.type, answer.stream) == (PEER, Type.REJECT, A)
+    assert (answer.body["code"], answer.body["fatal"]) == ("strikes", False)
+    assert answer.body["retry_seconds"] == STRIKE_PAUSE_SECONDS
+    assert gateway.data(1, peer=PEER) == junk(gateway, 5) == []
+    gateway.data(1, stream=B, peer=OTHER_PEER)
+    gateway.commit()
+    assert high_waters(gateway.entries()) == {B: 1}
+    assert gateway.peers.counts["dropped: too many bad frames"] == 6
+    gateway.now += STRIKE_PAUSE_SECONDS * SECOND
+    assert gateway.hello(A, PEER).type == Type.WELCOME
+
+
+def test_a_bad_frame_now_and_then_is_forgiven(gateway: Gateway) -> None:
+    """Bad frames that lie further apart lead to nothing, and are not remembered."""
+    gateway.hello()
+    for _ in range(3):
+        assert junk(gateway, STRIKES - 1) == []
+        gateway.now += STRIKE_NS
+        gateway.say(frames.control(Type.PING, SESSION, A, {}))
+        gateway.peers.tick(gateway.now)
+    assert gateway.peers._struck == {}
+
+
+def test_a_clock_that_is_set_back_frees_who_pauses(gateway: Gateway) -> None:
+    """When the gateway's clock goes back, a pause does not last for ever."""
+    gateway.now = 10**6 * SECOND
+    junk(gateway, STRIKES)
+    gateway.now = SECOND
+    assert gateway.hello().type == Type.WELCOME
+
+
+def test_many_bad_peers_do_not_grow_memory(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only so many peers' bad frames are remembered, the newest ones."""
+    monkeypatch.setattr(peers, "STRUCK_PEERS", 3)
+    for n in range(10):
+        junk(gateway, 1, bytes([n]))
+    assert list(gateway.peers._struck) == [b"\x07", b"\x08", b"\x09"]
+
+
+def test_what_peers_tell_is_kept_short(gateway: Gateway) -> None:
+    """Of a PING or HELLO of any size, only short known fields stay in memory."""
+    gateway.hello(rank=3, node="n" * 5000, more=["x" * 5000])
+    gateway.ping(step=7, volatile="v" * 100_000, junk="x" * 100_000, last={"a": 1})
+    stream = gateway.peers.streams[A]
+    assert (stream.about["rank"], len(stream.about["node"])) == (3, 256)
+    assert (stream.progress["step"], stream.progress["last"]) == (7, None)
+    assert len(repr((stream.about, stream.progress))) < 1000
+
+
+# --- two processes for one rank ------------------------------------------------------------------
+
+
+def test_the_older_of_two_live_processes_of_a_rank_is_superseded(gateway: Gateway) -> None:
+    """Both are stored; the one that the journal opened first is named as superseded, whatever
+    their clocks say and after a restart too, until one of them is gone."""
+    later, c = gateway.now + 5 * SECOND, b"c" * 16
+    gateway.hello(B, rank=0)
+    gateway.hello(c, rank=1)
+    gateway.now = later
+    gateway.hello(A, rank=0)
+    gateway.data(1, stream=A)
+    gateway.data(1, stream=B)
+    gateway.commit()
+    assert high_waters(gateway.entries()) == {A: 1, B: 1}
+    assert {old: new.id for old, new in gateway.peers.superseded("r").items()} == {B: A}
+    gateway.start(SESSION)
+    for stream in (A, B):
+        gateway.hello(stream, rank=0)
+    assert {old: new.id for old, new in gateway.peers.superseded("r").items()} == {B: A}
+    gateway.bye(1, A)
+    gateway.commit()
+    assert gateway.peers.superseded("r") == {}
+
+
+def test_ended_replayed_and_unranked_streams_supersede_nobody(gateway: Gateway) -> None:
+    """Only living ranks do: a dead life's spool is no second process."""
+    gateway.hello(A, rank=0)
+    gateway.hello(B, rank=0, kind="replay")
+    gateway.hello(b"c" * 16, rank=None)
+    gateway.hello(b"d" * 16, rank=None)
+    assert gateway.peers.superseded("r") == {}
+
+
+# --- room ----------------------------------------------------------------------------------------
+
+
+def test_everybody_hears_when_room_runs_out_and_comes_back(gateway: Gateway) -> None:
+    """Streams are told of credit 0 and why, and of credit again, without having asked."""
+    gateway.hello(A)
+    gateway.hello(B, peer=OTHER_PEER)
+    gateway.commit()
+    gateway.peers.full = True
+    told = gateway.commit()
+    assert {peer for peer, _ in told} == {PEER, OTHER_PEER}
+    assert all((a.body["credit"], a.body["full"]) == (0, "disk") for _, a in told)
+    gateway.data(1)
+    assert gateway.commit() == []
+    gateway.peers.full = False
+    told = gateway.commit()
+    assert all(a.body["credit"] > 0 and "full" not in a.body for _, a in told)
+    assert {a.stream: a.body.get("back") for _, a in told} == {A: 1, B: None}
+
+
+def test_a_run_over_its_quota_is_the_only_one_to_wait(gateway: Gateway) -> None:
+    """Its streams get credit 0 and are told why; other runs go on; with more quota it does too."""
+    gateway.hello(A)
+    gateway.hello(B, run="other")
+    gateway.commit()
+    gateway.peers.over_quota = frozenset({"r"})
+    [(_, told)] = gateway.commit()
+    assert (told.stream, told.body["credit"], told.body["full"]) == (A, 0, "quota")
+    gateway.data(1, stream=A)
+    gateway.data(1, stream=B)
+    gateway.commit()
+    assert high_waters(gateway.entries("other")) == {B: 1}
+    assert high_waters(gateway.entries("r")) == {}
+    gateway.peers.over_quota = frozenset()
+    [(_, told)] = gateway.commit()
+    assert (told.stream, told.body["back"]) == (A, 1)
+    assert told.body["credit"] > 0
+
+
+def test_a_commit_that_finds_no_room_is_acknowledged_later(gateway: Gateway) -> None:
+    """What is buffered when the disk is full is not acknowledged, stays, and is stored once when
+    there is room; the stream hears of it meanwhile."""
+    gateway.hello(A)
+    gateway.hello(B, run="other")
+    gateway.commit()
+    disk = gateway.disks["r"]
+    disk.room = 0
+    gateway.data(1, 3)
+    gateway.data(1, stream=B)
+    with pytest.raises(OSError, match="No space"):
+        gateway.journal("r").commit()
+    gateway.journal("other").commit()
+    gateway.peers.full = True
+    told = {a.stream: a.body for _, a in gateway.committed({"r"})}
+    assert (told[A]["durable"], told[A]["credit"], told[A]["full"]) == (0, 0, "disk")
+    assert told[B]["durable"] == 1
+    assert gateway.committed({"r"}) == []
+    disk.room = 1 << 20
+    gateway.peers.full = False
+    assert {a.stream: a.body["durable"] for _, a in gateway.commit()} == {A: 3, B: 1}
+    assert high_waters(gateway.entries()) == {A: 3}
+
+
+def test_a_full_disk_holds_no_more_than_so_much_in_memory(gateway: Gateway) -> None:
+    """When much waits for room already, new streams have to wait too."""
+    gateway.hello(A)
+    gateway.commit()
+    gateway.peers.full = True
+    assert gateway.hello(B).type == Type.WELCOME
+    gateway.journal("r").pending_bytes = 2 << 20
+    answer = gateway.hello(b"c" * 16)
+    assert (answer.body["code"], answer.body["fatal"]) == ("full", False)
 
 
 # --- ticks ---------------------------------------------------------------------------------------
@@ -588,6 +865,197 @@ def test_everyone_who_logged_a_file_is_told_of_it(gateway: Gateway) -> None:
     gateway.bye(2, BLOB)
     assert [c.type for _, c in gateway.commit()] == [Type.BYE_ACK]
     assert [(of, media) for of, media, _, _ in blobs(gateway)] == [(A, 7), (B, 9), (A, 12)]
+
+
+def test_a_disk_that_cannot_sync_a_file_gets_it_again(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the last sync of a file fails, nobody knows what is on the disk: it is thrown away,
+    not acknowledged, and sent again from its first byte."""
+    disk = OsDisk()
+    monkeypatch.setattr(gateway, "disk", disk)
+    failing = [True]
+
+    def sync(fd: int) -> None:
+        if failing:
+            raise OSError(5, "Input/output error")
+        os.fdatasync(fd)
+
+    monkeypatch.setattr(disk, "sync", sync)
+    blob_hello(gateway)
+    gateway.say(chunk(1))
+    gateway.say(chunk(2))
+    [(_, answer)] = gateway.bye(2, BLOB)
+    assert answer.type == Type.UNKNOWN
+    assert gateway.commit() == []
+    assert not Path(f"{blob_path(gateway.root / 'r', SHA)}.part").exists()
+    failing.clear()
+    assert blob_hello(gateway).body["durable"] == 0
+    gateway.say(chunk(1))
+    gateway.say(chunk(2))
+    gateway.bye(2, BLOB)
+    assert [c.type for _, c in gateway.commit()] == [Type.BYE_ACK]
+    assert blobs(gateway) == [(A, 7, SHA, len(CONTENT))]
+
+
+def test_a_chunk_without_room_comes_again(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk that the disk has no room for is not acknowledged and stops all data; when there
+    is room the sender is told where to go on."""
+    disk = OsDisk()
+    monkeypatch.setattr(gateway, "disk", disk)
+    blob_hello(gateway)
+    gateway.commit()
+    monkeypatch.setattr(disk, "write_at", lambda fd, piece, at: len(piece) - 1)
+    gateway.say(chunk(1))
+    [(_, told)] = gateway.commit()
+    assert (told.body["durable"], told.body["full"]) == (0, "disk")
+    monkeypatch.undo()
+    gateway.peers.full = False
+    [(_, told)] = gateway.commit()
+    assert told.body["back"] == 1
+    gateway.say(chunk(1))
+    gateway.say(chunk(2))
+    gateway.bye(2, BLOB)
+    assert [c.type for _, c in gateway.commit()] == [Type.BYE_ACK]
+
+
+def test_two_streams_never_write_one_file(gateway: Gateway) -> None:
+    """Another stream that announces a file on its way, or it with another size, is refused."""
+    blob_hello(gateway)
+    other = gateway.hello(b"g" * 16, kind="blob", sha256=SHA, size=len(CONTENT))
+    assert (other.type, other.body["code"]) == (Type.REJECT, "stream")
+    size = gateway.hello(BLOB, kind="blob", sha256=SHA, size=5)
+    assert (size.type, size.body["code"]) == (Type.REJECT, "stream")
+
+
+# --- files, by another thread --------------------------------------------------------------------
+
+
+class Later:
+    """Jobs that are carried out when a test says so, as another thread would."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self.gateway = gateway
+        self.jobs: list[Job] = []
+        gateway.work = self.jobs.append
+        gateway.start(SESSION)
+
+    def run(self, n: int = 99) -> list[Control]:
+        out: list[tuple[bytes, bytes]] = []
+        for job in self.jobs[:n]:
+            job.run()
+            self.gateway.peers.done(self.gateway.now, job, out)
+        del self.jobs[:n]
+        return [frames.read_control(frame) for _, frame in out]
+
+
+def announce(gateway: Gateway) -> list[tuple[bytes, Control]]:
+    body = {"v": [1, 1], "run": "r", "kind": "blob", "of": A, "media": 7, "nonce": b"n"}
+    body |= {"sha256": SHA, "size": len(CONTENT)}
+    return gateway.say(frames.control(Type.HELLO, 0, BLOB, body))
+
+
+def test_a_file_is_welcomed_when_it_is_open(gateway: Gateway) -> None:
+    """While what there is of a file is read again, its HELLO has no answer; a repetition makes no
+    second job, and the one answer goes to the last of them."""
+    later = Later(gateway)
+    assert announce(gateway) == announce(gateway) == []
+    assert [job.verb for job in later.jobs] == ["open"]
+    assert gateway.say(chunk(1)) == []
+    assert gateway.peers.counts == {"chunk of a file not taken": 1}
+    [welcome] = later.run()
+    assert (welcome.type, welcome.body["durable"], welcome.body["nonce"]) == (Type.WELCOME, 0, b"n")
+
+
+def test_chunks_are_acknowledged_when_they_are_written(gateway: Gateway) -> None:
+    """Chunks are taken while earlier ones wait for the disk, acknowledged as they get there, and
+    BYE is answered only when the file is whole and its entry committed."""
+    later = Later(gateway)
+    announce(gateway)
+    later.run()
+    gateway.commit()
+    assert gateway.say(chunk(1)) == gateway.say(chunk(2)) == []
+    assert gateway.commit() == []
+    later.run(1)
+    assert [c.body["durable"] for _, c in gateway.commit()] == [1]
+    gateway.bye(2, BLOB)
+    assert gateway.bye(2, BLOB) == []
+    assert [job.verb for job in later.jobs] == ["write", "finish"]
+    later.run(1)
+    assert [c.type for _, c in gateway.commit()] == [Type.ACK]
+    later.run()
+    assert [c.type for _, c in gateway.commit()] == [Type.BYE_ACK]
+    assert blobs(gateway) == [(A, 7, SHA, len(CONTENT))]
+
+
+def test_records_are_acknowledged_while_a_file_waits(gateway: Gateway) -> None:
+    """However long the disk works on a file, other streams get their acknowledgements."""
+    later = Later(gateway)
+    announce(gateway)
+    gateway.hello(A)
+    gateway.data(1, 3)
+    assert [(c.stream, c.body["durable"]) for _, c in gateway.commit()] == [(A, 3)]
+    assert later.jobs
+
+
+def test_after_a_chunk_that_failed_the_next_ones_come_again(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk that was handed over behind one that could not be written is not taken for the one
+    that is missing, in whatever order they come again."""
+    later = Later(gateway)
+    announce(gateway)
+    later.run()
+    with monkeypatch.context() as patch:
+        patch.setattr(gateway.disk, "write_at", lambda *_: 0, raising=False)
+        gateway.say(chunk(1))
+        gateway.say(chunk(2))
+        later.run(1)
+    gateway.peers.full = False
+    gateway.say(chunk(1))
+    later.run()
+    gateway.say(chunk(1))
+    gateway.say(chunk(2))
+    later.run()
+    gateway.say(chunk(2))
+    gateway.bye(2, BLOB)
+    later.run()
+    gateway.commit()
+    assert blob_path(gateway.root / "r", SHA).read_bytes() == CONTENT
+
+
+def test_what_peers_send_of_files_is_held_only_so_far(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks beyond the queue's limit are not taken, whoever ignores credit; they come again."""
+    monkeypatch.setattr(peers, "QUEUED_TOP_BYTES", CHUNK_BYTES)
+    later = Later(gateway)
+    announce(gateway)
+    later.run()
+    gateway.say(chunk(1))
+    gateway.say(chunk(2))
+    assert len(later.jobs) == 1
+    later.run()
+    gateway.say(chunk(2))
+    assert len(later.jobs) == 1
+    later.run()
+
+
+def test_a_job_of_a_forgotten_file_changes_nothing(gateway: Gateway) -> None:
+    """When a file is given up while the disk works on it, its end is of no interest, and a second
+    announcement begins anew behind it."""
+    later = Later(gateway)
+    announce(gateway)
+    later.run()
+    gateway.say(chunk(1))
+    gateway.peers.forget("r")
+    assert [job.verb for job in later.jobs] == ["write", "close"]
+    announce(gateway)
+    [welcome] = later.run()
+    assert welcome.body["durable"] == 1
+    assert gateway.peers.streams[BLOB].file.taken == 1
 
 
 # --- against the real client ---------------------------------------------------------------------

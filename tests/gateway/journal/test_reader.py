@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.journal.reader import JournalReader
+from gateway.journal.reader import Entry, JournalReader
+from gateway.journal.salvage import BROKEN_BATCH
 from rank_client.wire.records import Kind, walk
 from tests.gateway.journal.made import UUID, A, batch, make, read_all, seqs
 from tests.rank_client.wire.disks import MemoryDisk
@@ -99,6 +100,19 @@ def test_reading_starts_after_any_entry(after: int) -> None:
     assert seqs(read_all(disk, after)) == list(range(after + 1, 12))
 
 
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_damaged_table_does_not_hide_the_segments_before(after: int) -> None:
+    """Where a later segment does not say where it begins, reading starts before it."""
+    disk = MemoryDisk()
+    journal = make(disk, segment_bytes=300)
+    for _ in range(11):
+        batch(journal, A)
+        journal.commit()
+    journal.mark()
+    disk.files["j/00000002.log"][:40] = bytes(40)
+    assert seqs(read_all(disk, after)) == list(range(after + 1, 12))
+
+
 def test_a_torn_tail_is_waited_for() -> None:
     """A record that is half there is not read and not called damage; when it is whole it is."""
     disk = MemoryDisk()
@@ -137,10 +151,13 @@ def test_damage_costs_only_what_is_damaged(data: st.DataObject, sealed: bool) ->
     hit = data.draw(st.sampled_from(entries[:3]))
     file[data.draw(st.integers(hit.at, hit.at + hit.size - 1))] ^= 1 << data.draw(st.integers(0, 7))
     reader = JournalReader(disk, "j")
-    found: list[int] = []
+    found: list[Entry] = []
     for _ in range(30):
-        found += seqs(reader.read())
-    assert found == [n for n in range(1, 10) if n != hit.seq]
+        found += reader.read()
+    assert seqs([e for e in found if e.kind == Kind.BATCH]) == [
+        n for n in range(1, 10) if n != hit.seq
+    ]
+    assert [e.seq for e in found if e.kind == BROKEN_BATCH] in ([], [hit.seq])
     assert len(reader.damage) == 1
     batch(journal, A)
     journal.commit()

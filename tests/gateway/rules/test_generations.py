@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from gateway.rules.generations import UNORDERED, Generations
 
+OLD, NEW = b"o" * 16, b"n" * 16
+
 
 def hello(rank: int, stream: bytes = b"", **more: Any) -> dict[str, Any]:
     return {
@@ -55,12 +57,85 @@ def test_what_opens_the_next_generation(change: dict[str, Any]) -> None:
     assert [generations.position(id_) for id_ in (0, 1)] == [0, 1]
 
 
-def test_a_late_rank_joins_only_the_newest() -> None:
-    """A living rank of an older launch that comes late does not go back to it."""
+def test_a_late_rank_goes_back_to_its_own_launch() -> None:
+    """A living rank of an older launch whose first word comes late does not become the newest."""
     generations = Generations()
     generations.place(hello(0))
-    generations.place(hello(0, restart=1))
-    assert generations.place(hello(1)) == 2
+    generations.place(hello(0, stream=NEW, restart=1))
+    assert generations.place(hello(1)) == 0
+
+
+def test_the_same_size_again_is_a_later_launch() -> None:
+    """Down to two ranks and back to three, with the same agent and restart count: who has found
+    the streams of the second round on its node is not of the first, where its rank is free."""
+    generations = Generations()
+    generations.place(hello(0, stream=OLD, world_size=3))
+    generations.place(hello(0, stream=NEW, world_size=2, earlier=[OLD]))
+    assert generations.place(hello(2, world_size=3, earlier=[OLD, NEW])) == 2
+
+
+def torch(local_rank: int, group: int, restart: int = 0, **more: Any) -> dict[str, Any]:
+    """What a worker of torchrun tells, two agents on one machine."""
+    agent = f"b0:{group}:1"
+    more = {"node": "n", "launcher": "torch", "local_rank": local_rank, "group": group} | more
+    return {"agent": agent, "restart": restart, **more}
+
+
+def test_agents_count_their_restarts_alone() -> None:
+    """The agent whose worker failed counts a restart, the other one of the group does not: their
+    new workers are one generation, whoever comes first."""
+    for first, second in ((0, 1), (1, 0)):
+        generations = Generations()
+        old = [generations.place(hello(g, **torch(0, g))) for g in (0, 1)]
+        counts = {0: 1, 1: 0}
+        new = [
+            generations.place(hello(g, bytes([9, g]) * 8, **torch(0, g, counts[g])))
+            for g in (first, second)
+        ]
+        assert (old, new) == ([0, 0], [1, 1])
+
+
+def test_two_agents_on_one_machine_are_one_launch() -> None:
+    """Each is a node of the job, as its group rank tells."""
+    generations = Generations()
+    assert {generations.place(hello(g, **torch(0, g))) for g in (0, 1)} == {0}
+
+
+def test_ranks_numbered_anew_do_not_join_an_unfinished_round() -> None:
+    """The first round had rank 2 and 3 of the second agent only, which then become 0 and 1."""
+    generations = Generations()
+    for local in (0, 1):
+        assert generations.place(hello(2 + local, **torch(local, 1))) == 0
+    for local in (0, 1):
+        assert generations.place(hello(local, bytes([9, local]) * 8, **torch(local, 1))) == 1
+
+
+def test_an_adopted_life_that_knew_the_newest_is_newer() -> None:
+    """The last life of a run, that never met a gateway, is the last when it is adopted."""
+    generations = Generations()
+    generations.place(hello(0, stream=OLD))
+    made = generations.place(hello(0, kind="replay", restart=1, earlier=[OLD]))
+    assert generations.position(made) == 1
+
+
+def test_two_adopted_lives_keep_their_order() -> None:
+    """Two lives without a gateway, adopted newest first, stand in the order they were lived."""
+    generations = Generations()
+    generations.place(hello(0, restart=2, earlier=[OLD, NEW]))
+    second = generations.place(hello(0, NEW, kind="replay", restart=1, earlier=[OLD]))
+    first = generations.place(hello(0, OLD, kind="replay"))
+    assert [generations.position(id_) for id_ in (first, second, 0)] == [0, 1, 2]
+
+
+def test_a_late_word_puts_an_older_launch_back() -> None:
+    """A rank of an older launch came late and seemed the newest; then one that had found its
+    stream says otherwise."""
+    generations = Generations()
+    generations.place(hello(0, NEW, restart=1))
+    late = generations.place(hello(0, OLD, boot="b1", agent="b1:1:1"))
+    assert generations.position(late) == 1
+    newest = generations.place(hello(1, restart=1, boot="b1", agent="b1:1:1", earlier=[OLD]))
+    assert [generations.position(id_) for id_ in (late, newest)] == [0, 1]
 
 
 def test_an_adopted_life_goes_to_its_own_launch() -> None:

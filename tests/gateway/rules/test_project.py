@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.rules.project import Projection
+from gateway.rules import project as projection
+from gateway.rules.project import TOO_MANY_KEYS, Projection
 from gateway.series import writer
 from gateway.series.reader import Reader
 from rank_client.wire.records import Kind, Schema, pack, pack_map
@@ -185,6 +186,29 @@ def test_a_row_without_its_schema_is_quarantined(tmp_path: Path) -> None:
     with reading(tmp_path, run) as reader:
         assert [row[5] for row in reader.texts()] == ["before", "after"]
         assert reader.quarantine()[0][2:] == (2, 1, "a row without its schema")
+        check_sums(reader)
+
+
+@pytest.mark.parametrize("how", ["row", "kv"])
+def test_keys_beyond_those_of_a_run_are_put_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A row that would give the run more keys than it may have is quarantined with that reason,
+    also where its schema was told long before; all other rows are kept."""
+    monkeypatch.setattr(projection, "MAX_RUN_KEYS", 3)
+    run = Run()
+    life, other = run.life(), run.life()
+    getattr(life, how)({"a": 1.0, "b": 1.0}, 0).flush()
+    getattr(other, how)({"a": 1.0, "c": 1.0}, 0).flush()
+    getattr(life, how)({"d": 1.0}, 1).flush()
+    getattr(life, how)({"d": 1.0}, 2)
+    getattr(life, how)({"c": 2.0}, 3).text("still here").flush()
+    with reading(tmp_path, run) as reader:
+        assert {name for _, name, _ in reader.keys()} == {"a", "b", "c"}
+        aside = [(stream, first, n, reason) for _, stream, first, n, reason in reader.quarantine()]
+        assert aside == [(0, 2, 1, TOO_MANY_KEYS), (0, 3, 1, TOO_MANY_KEYS)]
+        assert reader.points("c").value.tolist() == [1.0, 2.0]
+        assert len(reader.texts()) == 1
         check_sums(reader)
 
 

@@ -51,6 +51,27 @@ class MemoryDisk:
 
     open_read = open_append
 
+    def open_edit(self, path: str) -> int:
+        self.files.setdefault(path, bytearray())
+        return self._fd(path)
+
+    lock = open_edit
+
+    def exists(self, path: str) -> bool:
+        return path in self.files
+
+    def write_at(self, fd: int, data: bytes | memoryview, at: int) -> int:
+        file = self.files[self._open[fd]]
+        if at + len(data) > len(file) + self.room:
+            raise full()
+        self.room -= max(0, at + len(data) - len(file))
+        file[at : at + len(data)] = data
+        return len(data)
+
+    def rename(self, path: str, to: str) -> None:
+        self.files[to] = self.files.pop(path)
+        self.synced[to] = self.synced.pop(path, b"")
+
     def write(self, fd: int, data: bytes | bytearray | memoryview) -> int:
         self.calls.append("write")
         if self.room <= 0 and len(data):

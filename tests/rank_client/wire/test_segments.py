@@ -121,7 +121,7 @@ def test_resume_cuts_what_is_not_good(torn: int) -> None:
     good = log.size
     disk.files["d/00000001.log"] += bytes(torn)
     again = SegmentLog(disk, "d", lambda: [HEAD])
-    again.resume(1, good)
+    again.resume(1, good, sure=0)
     again.append(text(2))
     found = scan_segment(disk, "d", 1, SPOOL_KINDS)[1]
     assert [h.seq for h in found.heads] == [1, 1, 2]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rank_client.wire import frames
 from rank_client.wire.frames import Control, Type
 from rank_client.wire.records import Kind, pack, walk
-from rank_client.wire.session import SILENT_SECONDS, ClientSession
+from rank_client.wire.session import CLOCK_SAMPLES, SILENT_SECONDS, ClientSession
 
 STREAM = b"s" * 16
 
@@ -63,7 +63,7 @@ class ToyGateway:
         type_, session, _, body = frames.read_control(frame)
         if type_ == Type.HELLO:
             self.hellos.append(body)
-            return [self.say(Type.WELCOME, durable=self.high, journal=self.journal)]
+            return [self.welcome(body)]
         if session != self.session:
             return [self.say(Type.UNKNOWN)]
         if type_ == Type.PING:
@@ -83,6 +83,10 @@ class ToyGateway:
         assert numbers == list(range(head.first, head.first + head.n))
         self.have += numbers
         return [self.say(Type.ACK, durable=self.high)]
+
+    def welcome(self, hello: dict[str, Any]) -> bytes:
+        nonce = hello["nonce"]
+        return self.say(Type.WELCOME, durable=self.high, journal=self.journal, nonce=nonce)
 
     def say(self, type_: Type, **body: Any) -> bytes:
         body = {"credit": self.credit, **body}
@@ -177,8 +181,7 @@ def test_everything_arrives_once_and_in_order(
                 session.receive(now, frame)
         assert session.durable <= gateway.high
     assert gateway.have == list(range(1, total + 1))
-    if delay == 0:  # a WELCOME that is late enough cannot be told from one of a restored journal
-        assert not session.journal_changed
+    assert not session.journal_changed
 
 
 # --- one rule each -------------------------------------------------------------------------------
@@ -287,7 +290,8 @@ def test_unknown_leads_to_hello_and_then_goes_on() -> None:
     session = a_session(source)
     now = talk(session, gateway, 0.0)
     gateway.session, source.last = 2, 6
-    talk(session, gateway, now)
+    talk(session, gateway, now + 1)
+    talk(session, gateway, now + 2)
     assert len(gateway.hellos) == 2
     assert gateway.hellos[1]["acked"] == 3
     assert gateway.hellos[1]["journal"] == b"j1"
@@ -295,14 +299,49 @@ def test_unknown_leads_to_hello_and_then_goes_on() -> None:
 
 
 def test_drain_stops_the_data_until_the_next_welcome() -> None:
-    """A gateway that leaves says DRAIN; the session holds its data and says HELLO."""
+    """A gateway that leaves says DRAIN; the session holds its data, and says HELLO after a pause,
+    then ever more slowly."""
+    source, gateway = ToySource(last=3), ToyGateway()
+    session = a_session(source)
+    now = talk(session, gateway, 0.0) + 10
+    session.receive(now, gateway.say(Type.DRAIN))
+    source.last = 6
+    seen = [(t, types(session.tick(now + t / 10))) for t in range(200)]
+    assert all(set(said) <= {Type.HELLO} for _, said in seen)
+    hellos = [t / 10 for t, said in seen if said]
+    assert hellos[0] >= 0.4
+    waits = [b - a for a, b in pairwise(hellos)]
+    assert waits == sorted(waits)
+    assert len(hellos) < 8
+    talk(session, gateway, now + 30)
+    assert gateway.have == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_drain_of_an_older_life_changes_nothing() -> None:
+    """A DRAIN that comes late, of a gateway life that is over, does not stop the data."""
     source, gateway = ToySource(last=3), ToyGateway()
     session = a_session(source)
     now = talk(session, gateway, 0.0)
-    session.receive(now, gateway.say(Type.DRAIN))
-    source.last = 6
-    assert types(session.tick(now)) == [Type.HELLO]
-    assert session.tick(now + 0.1) == []
+    late = gateway.say(Type.DRAIN)
+    gateway.session, source.last = 2, 4
+    talk(session, gateway, now + 1)
+    now = talk(session, gateway, now + 2)
+    session.receive(now, late)
+    assert session.state == "open"
+
+
+def test_no_storm_of_hellos_whatever_is_said() -> None:
+    """A gateway that says UNKNOWN to everything hears at most two HELLOs a second."""
+    source, gateway = ToySource(last=3), ToyGateway()
+    session = a_session(source)
+    hellos = 0
+    for t in range(1000):
+        for frame in session.tick(t / 100):
+            hellos += frames.type_of(frame) == Type.HELLO
+            for reply in gateway.answer(frame):
+                session.receive(t / 100, reply)
+        session.receive(t / 100, gateway.say(Type.UNKNOWN))
+    assert hellos <= 21
 
 
 def test_a_silent_gateway_is_asked_anew() -> None:
@@ -366,7 +405,8 @@ def test_another_journal_gets_everything_again_and_is_told_of() -> None:
     other = ToyGateway(journal=b"j2")
     other.session = 2
     source.last = 6
-    talk(session, other, now)
+    talk(session, other, now + 1)
+    talk(session, other, now + 2)
     assert other.have == [1, 2, 3, 4, 5, 6]
     assert session.journal_changed
 
@@ -378,7 +418,8 @@ def test_the_same_journal_with_less_than_acknowledged_is_told_of() -> None:
     now = talk(session, gateway, 0.0)
     gateway.session, gateway.have = 2, [1, 2]
     source.last = 6
-    talk(session, gateway, now)
+    talk(session, gateway, now + 1)
+    talk(session, gateway, now + 2)
     assert gateway.have == [1, 2, 3, 4, 5, 6]
     assert session.journal_changed
 
@@ -389,12 +430,13 @@ def test_a_restart_of_the_same_journal_is_no_change() -> None:
     session = a_session(source)
     now = talk(session, gateway, 0.0)
     gateway.session, source.last = 2, 6
-    talk(session, gateway, now)
+    talk(session, gateway, now + 1)
+    talk(session, gateway, now + 2)
     assert gateway.high == 6
     assert not session.journal_changed
 
 
-def test_a_welcome_in_an_open_session_frees_the_credit() -> None:
+def test_a_welcome_frees_the_credit() -> None:
     """When a restarted gateway's WELCOME tells of more than was acknowledged, the frames it has
     no longer count against the credit, and the rest is sent."""
     source = ToySource(last=4, a_frame=1)
@@ -406,10 +448,86 @@ def test_a_welcome_in_an_open_session_frees_the_credit() -> None:
         gateway.answer(frame)  # the answers are lost with the gateway
     assert gateway.have == [1, 2]
     gateway.session = 2
-    session.receive(0.1, gateway.say(Type.WELCOME, durable=2, journal=b"j1"))
-    for frame in session.tick(0.1):
-        gateway.answer(frame)
+    session.receive(0.1, gateway.say(Type.UNKNOWN))
+    talk(session, gateway, 1.0)
     assert gateway.have == [1, 2, 3, 4]
+
+
+def test_a_late_welcome_of_an_older_gateway_is_ignored() -> None:
+    """A WELCOME that was said before a restart, and comes after it, changes nothing: it tells of
+    less than is acknowledged by now, and would look like a journal that lost it."""
+    source, gateway = ToySource(last=3), ToyGateway()
+    session = a_session(source)
+    [hello] = session.tick(0.0)
+    [late] = gateway.answer(hello)  # durable 0
+    gateway.session = 2
+    [again] = session.tick(1.0)  # the same HELLO, said again to the next life
+    session.receive(1.0, gateway.answer(again)[0])
+    now = talk(session, gateway, 1.1)
+    session.receive(now, late)
+    assert (session.durable, session.state) == (3, "open")
+    session.disconnected(now)
+    assert session.tick(now + 1) != []
+    session.receive(now + 1, late)
+    assert session.state == "hello"
+    assert not session.journal_changed
+
+
+def test_a_late_rejection_of_an_older_gateway_is_ignored() -> None:
+    """A REJECT that answers another HELLO than the last does not end the session."""
+    session, gateway = a_session(ToySource(last=3)), ToyGateway()
+    talk(session, gateway, 0.0)
+    session.receive(1.0, gateway.say(Type.REJECT, text="no", fatal=True, nonce=b"old"))
+    assert session.state == "open"
+
+
+def test_a_full_gateway_is_told_apart_from_one_that_is_away() -> None:
+    """`full` says why there is no credit, whichever answer tells it, until one does not."""
+    session, gateway = a_session(ToySource(last=3)), ToyGateway()
+    now = talk(session, gateway, 0.0)
+    for full in ("disk", "quota"):
+        session.receive(now, gateway.say(Type.ACK, durable=3, credit=0, full=full))
+        assert session.full == full
+    session.receive(now, gateway.say(Type.ACK, durable=3))
+    assert session.full == ""
+    rejected = gateway.say(Type.REJECT, code="full", text="x", fatal=False, retry_seconds=5)
+    session.receive(now, rejected)
+    assert (session.full, session.reject_code) == ("disk", "full")
+
+
+def test_small_credit_makes_small_frames() -> None:
+    """What is on the way is never more than twice the credit."""
+    asked = []
+
+    class Noting(ToySource):
+        def read(self, first: int, max_bytes: int) -> tuple[int, bytes]:
+            asked.append(max_bytes)
+            return super().read(first, max_bytes)
+
+    talk(a_session(Noting(last=9)), ToyGateway(credit=200), 0.0)
+    assert set(asked) == {200}
+
+
+@pytest.mark.parametrize("ahead", [-3600.0, 0.0, 0.25])
+def test_the_offset_of_the_clocks_is_that_of_the_quickest_ping(ahead: float) -> None:
+    """Of the last pings the one with the quickest answer tells how far the gateway's clock is
+    ahead, and the next PING tells the gateway."""
+    gateway, session = ToyGateway(), a_session(ToySource())
+    wall = 1.7e9
+    now = talk(session, gateway, 0.0)
+    session.on_ping(lambda: {"wall": int((wall + now) * 1e9)})
+    rng = random.Random(7)
+    for n in range(2 * CLOCK_SAMPLES):
+        now += 6
+        [ping] = controls(session.tick(now), Type.PING)
+        out, back = (0.01, 0.01) if n == CLOCK_SAMPLES + 2 else (rng.random(), rng.random())
+        theirs = int((wall + now + out + ahead) * 1e9)
+        pong = gateway.say(Type.PONG, durable=0, t=ping.body["t"], now=theirs)
+        session.receive(now + out + back, pong)
+    assert session.offset_seconds == pytest.approx(ahead, abs=1e-3)
+    now += 6
+    [ping] = controls(session.tick(now), Type.PING)
+    assert ping.body["offset"] == session.offset_seconds
 
 
 def test_a_fatal_reject_ends_it_with_its_reason() -> None:
@@ -427,7 +545,7 @@ def test_a_passing_reject_is_asked_again_later() -> None:
     session.tick(0.0)
     session.receive(0.0, gateway.say(Type.REJECT, text="full", fatal=False, retry_seconds=7))
     assert session.tick(6.9) == []
-    talk(session, gateway, 7.1)
+    talk(session, gateway, 9.0)
     assert gateway.have == [1, 2, 3]
 
 
