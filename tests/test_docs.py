@@ -75,4 +75,7 @@ def test_every_environment_variable_is_documented() -> None:
     for folder in ("rank_client", "gateway"):
         for path in (ROOT / folder).rglob("*.py"):
             read |= set(re.findall(r"RANKGATE_[A-Z]+", path.read_text()))
-    assert read - set(re.findall(r"RANKGATE_[A-Z]+", readme)) == {"RANKGATE_SINKS", "RANKGATE_PARENT"}
+    assert read - set(re.findall(r"RANKGATE_[A-Z]+", readme)) == {
+        "RANKGATE_SINKS",
+        "RANKGATE_PARENT",
+    }

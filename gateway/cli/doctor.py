@@ -2,52 +2,70 @@
 
 from __future__ import annotations
 
+import os
 import time
+from pathlib import Path
 
 import typer
 from rich.text import Text
 
+from ..config import GatewayConfig
+from ..errors import BadConfig
+from ..view.check import Check
 from ..view.export import json_text
-from ..view.health import Check, look
+from ..view.health import look
 from ..view.lines import console, width_of, wrapped
 from ..view.words import clean
-from .options import DEFAULT_DIR, Dir, Json, spool, write
+from .options import DEFAULT_DIR, ConfigFile, Dir, Json, settings_of, spool, write
 
-_MARKS = {"ok": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✕", "bold red")}
+REST = " " * 5  #: before what stands under a line's first
+
+_STYLES = {"ok": "green", "warn": "yellow", "bad": "bold red"}
 
 
-def command(directory: Dir = DEFAULT_DIR, as_json: Json = False) -> None:
+def command(directory: Dir = DEFAULT_DIR, config: ConfigFile = None, as_json: Json = False) -> None:
     """Check the data directory, the gateway, the spool, this machine and what is installed.
 
-    Says what each disk takes to sync, whether anything lies in the spool that nobody shipped, and
-    what to do about what it finds. Exits with 1 when something cannot work.
+    Says what each disk takes to sync, whether the gateway of --dir and that of RANKGATE_ADDR
+    answer and know our key, what lies in the spool that nobody shipped, and what to do about it.
+    A line begins with ok, warn (it works, but) or bad (it cannot). Exits with 1 when one is bad.
 
     \b
     Examples:
       rankgate doctor
       rankgate doctor --dir /scratch/team/.rankgate --json
 
-    --json gives a list of objects: name, state (ok, warn or fail), text, advice.
+    --json gives a list of objects: name, state (ok, warn or bad), text, advice.
     """
-    checks = look(directory, spool(), time.time_ns())
+    found, reserve_mib = _settings(directory, config)
+    found += look(directory, spool(), os.environ, reserve_mib << 20, time.time_ns())
     if as_json:
-        write(json_text(checks) + "\n")
+        write(json_text(found) + "\n")
     else:
-        _print(checks)
-    if any(check.state == "fail" for check in checks):
+        _print(found)
+    if any(check.state == "bad" for check in found):
         raise typer.Exit(1)
+
+
+def _settings(directory: Path, config: Path | None) -> tuple[list[Check], int]:
+    """The config a gateway here would have: what is wrong with it, and the MiB it keeps free."""
+    try:
+        gateway = settings_of(directory.absolute(), config, ()).gateway
+    except BadConfig as error:
+        advice = "no gateway starts with it"
+        return [Check("config", "bad", error.text, advice)], GatewayConfig().reserve_mib
+    return [], gateway.reserve_mib
 
 
 def _print(checks: list[Check]) -> None:
     out = console()
-    name_width = max(len(check.name) for check in checks)
+    width, names = width_of(out), max(len(check.name) for check in checks)
     for check in checks:
-        mark, style = _MARKS[check.state]
-        lead = f"{mark} {check.name:<{name_width}}  "
-        text = clean(f"{check.text}; {check.advice}" if check.advice else check.text)
-        lines = wrapped(text, lead, " " * len(lead), width_of(out))
-        lines[0].stylize(style, 0, 1)
+        lines = wrapped(clean(check.text), f"{check.state:<4} {check.name:<{names}}  ", REST, width)
+        lines[0].stylize(_STYLES[check.state], 0, len(check.state))
+        if check.advice:
+            lines += wrapped(clean(check.advice), f"{REST}→ ", f"{REST}  ", width)
         for line in lines:
             out.print(line)
-    bad = sum(check.state != "ok" for check in checks)
-    out.print(Text("All is well" if not bad else f"{bad} of {len(checks)} need a look"))
+    troubled = sum(check.state != "ok" for check in checks)
+    out.print(Text(f"{troubled} of {len(checks)} need a look" if troubled else "All is well"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,8 @@ from rank_client.spool import spool_root
 from .. import attach
 from ..errors import NotServed
 from .options import DEFAULT_DIR, ConfigFile, Dir, Json, Sinks, settings_of
+
+FRESH_SECONDS = 5.0
 
 
 def command(
@@ -38,12 +41,10 @@ def command(
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     settings_of(root, config, tuple(sink or ()))
     deadline = time.monotonic() + seconds
+    served = partial(_serve, root, str(config.absolute()) if config else "", tuple(sink or ()))
     with attach.hold(root):
-        attach.ensure(root, os.environ, str(config.absolute()) if config else "", tuple(sink or ()))
-        if not attach.wait_served(root):
-            words = attach.last_lines(root / "gateway.log")
-            raise NotServed(f"the gateway for {root} did not come up. Its last words:\n{words}")
-        waited = wait_shipped(root, deadline) and attach.wait_fresh(root)
+        served(deadline)
+        waited = wait_shipped(root, deadline) and served(deadline)
         runs = attach.ask_delivery(root)
         done = attach.wait_done(root, lambda: runs, max(1.0, deadline - time.monotonic()), _quiet)
         states = [attach.progress(root, run) for run in runs]
@@ -56,6 +57,20 @@ def command(
             typer.echo(f"run {state.run}: {what}")
         typer.echo("all is delivered" if done and waited else "not all is delivered; run it again")
     raise typer.Exit(0 if done and waited else 1)
+
+
+def _serve(root: Path, config: str, sinks: tuple[str, ...], deadline: float) -> bool:
+    """Until a gateway has told its state anew; one that was just leaving when we came is followed
+    by another. Raises NotServed."""
+    while True:
+        attach.ensure(root, os.environ, config, sinks)
+        if not attach.wait_served(root):
+            words = attach.last_lines(root / "gateway.log")
+            raise NotServed(f"the gateway for {root} did not come up. Its last words:\n{words}")
+        if attach.wait_fresh(root, FRESH_SECONDS):
+            return True
+        if time.monotonic() > deadline:
+            return False
 
 
 def _quiet(_states: list[attach.Progress]) -> None:

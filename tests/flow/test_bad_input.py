@@ -30,7 +30,7 @@ def assert_paragraph(result: tuple[int, str, str], *words: str) -> None:
         ("[sinks.hub]\nprotocol = 'old'\n", ["sinks.hub.protocol", "one of 'platform', 'legacy'"]),
         ("[sinks]\nhub = 3\n", ["sinks.hub", "must be a table"]),
         ("[gateway\n", ["is not valid TOML"]),
-        ("[gateway]\nbind = 'tcp://0.0.0.0:5717'\n", ["--insecure"]),
+        ("[gateway]\nbind = 'tcp://0.0.0.0:5717'\n", ["gateway.bind", "every network"]),
         ("[gateway]\nbind = 'somewhere'\n", ["gateway.bind", "tcp://ADDRESS:PORT"]),
     ],
 )

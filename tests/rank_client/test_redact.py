@@ -188,14 +188,15 @@ ADVERSARIAL = [
 
 @pytest.mark.parametrize("piece", ADVERSARIAL)
 def test_the_time_is_bounded_whatever_the_text(piece: str) -> None:
-    """15,000 characters made to be hard take below 10 ms: no pattern runs over and over."""
+    """15,000 characters made to be hard take milliseconds of this thread's own time; a pattern that
+    ran over and over would take seconds."""
     text = (piece * 15_000)[:15_000]
     took = []
     for _ in range(5):
-        before = time.perf_counter()
+        before = time.thread_time()
         REDACTOR.text(text)
-        took.append(time.perf_counter() - before)
-    assert min(took) < 0.01
+        took.append(time.thread_time() - before)
+    assert min(took) < 0.1
 
 
 def test_the_time_is_linear() -> None:
@@ -204,9 +205,9 @@ def test_the_time_is_linear() -> None:
     def best(n: int) -> float:
         took = []
         for _ in range(5):
-            before = time.perf_counter()
+            before = time.thread_time()
             REDACTOR.text("secret_" * n)
-            took.append(time.perf_counter() - before)
+            took.append(time.thread_time() - before)
         return min(took)
 
     assert best(20_000) < 30 * best(2_000)
