@@ -24,7 +24,13 @@ from pathlib import Path
 
 import zmq
 
-from rank_client.rendezvous import LOCK_GATEWAY, LOCK_INGEST, LOCK_RULES, ipc_address
+from rank_client.rendezvous import (
+    LOCK_GATEWAY,
+    LOCK_INGEST,
+    LOCK_RULES,
+    check_owner,
+    ipc_address,
+)
 from rank_client.wire.keys import (
     SECRET_BYTES,
     BadKey,
@@ -42,6 +48,7 @@ from .supervise import BIND_FAILED, Supervisor
 
 KEYFILE = "gateway.key"  #: in the data directory
 INSECURE, ENVIRONMENT = "insecure", "environment"  #: guards that are no keyfile
+PRIVATE = 0o077  #: of all that a gateway writes, others may read nothing, wherever it lies
 LOCK_SECONDS = 2.0
 CHILD_LOCK_SECONDS = 20.0
 
@@ -162,6 +169,7 @@ def make_data_dir(root: Path) -> None:
     """Raises RankgateError."""
     try:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        check_owner(root)
         probe = root / f".probe-{os.getpid()}"
         probe.write_bytes(b"x")
         probe.unlink()
@@ -197,6 +205,7 @@ def serve(
     `elected` is called when the directory is ours, `ready` when ingest answers, with the
     addresses and their guard.
     """
+    os.umask(PRIVATE)
     make_data_dir(root)
     check_room(root, config)
     rendezvous = nodes_of((), os.environ).rendezvous
@@ -317,6 +326,7 @@ def raise_limits() -> None:
 def main() -> None:
     """What `python -c` of a child process calls."""
     raise_limits()
+    os.umask(PRIVATE)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])  # whatever mask our starter happened to have
     name, *arguments = sys.argv[1:]
     sys.exit(CHILDREN[name](arguments))

@@ -6,6 +6,7 @@ ranks find it without reading anything, and other directories and other users ne
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -29,7 +30,7 @@ def data_dir(environ: Mapping[str, str]) -> Path:
     try:
         return Path(environ.get("RANKGATE_DIR") or ".rankgate").absolute()
     except FileNotFoundError:  # the current directory was deleted
-        return Path(f"/var/tmp/rankgate-{os.getuid()}-data")  # noqa: S108 - made 0700, ours
+        return Path(f"/var/tmp/rankgate-{os.getuid()}-data")  # noqa: S108 - the owner is checked
 
 
 def socket_dir() -> Path:
@@ -45,6 +46,13 @@ def socket_dir() -> Path:
             f"it; remove it or run: chmod 700 {directory}"
         )
     return directory
+
+
+def check_owner(directory: Path) -> None:
+    """Whoever made a data directory can read and change what is in it. Raises PermissionError."""
+    owner = directory.stat().st_uid
+    if os.getuid() not in (0, owner) and owner != 0:
+        raise PermissionError(errno.EPERM, f"it belongs to uid {owner}", str(directory))
 
 
 def ipc_address(directory: Path) -> str:
@@ -86,6 +94,10 @@ def gateway_command(*arguments: str) -> list[str]:
     return [sys.executable, "-c", code, *arguments]
 
 
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+
+
 def start_gateway(
     directory: Path,
     environ: Mapping[str, str],
@@ -102,6 +114,7 @@ def start_gateway(
     comes too late simply leaves.
     """
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    check_owner(directory)
     configured = environ.get("RANKGATE_CONFIG", "")
     configured = str(Path(configured).absolute()) if configured else ""
     sinks = sinks or [name for name in environ.get("RANKGATE_SINKS", "").split(",") if name]
@@ -109,7 +122,7 @@ def start_gateway(
     fd = os.open(lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, LOCK_STARTER)
-        with (directory / "gateway.log").open("ab") as log:
+        with open(directory / "gateway.log", "ab", opener=_private) as log:
             process = subprocess.Popen(
                 gateway_command("detached", str(directory), config or configured, bind, *sinks),
                 stdin=subprocess.DEVNULL,

@@ -202,13 +202,17 @@ class Ingest:
     def _send(self, out: list[Reply]) -> None:
         for peer, frame in out:
             try:
-                if self.guarded and peer.startswith(PEER_PREFIX):
-                    self.guarded.send(peer, frame)
-                else:
-                    self.socket.send_multipart((peer, frame), zmq.NOBLOCK, copy=True)
+                self._send_one(peer, frame)
             except zmq.ZMQError:
                 # Gone or slow. Every answer is repeatable state: a later one says the same.
                 self.peers.count("answer not sent")
+
+    def _send_one(self, peer: bytes, frame: bytes) -> None:
+        """Raises zmq.Again for a peer that is slow, zmq.ZMQError for one that is gone."""
+        if self.guarded and peer.startswith(PEER_PREFIX):
+            self.guarded.send(peer, frame)
+        else:
+            self.socket.send_multipart((peer, frame), zmq.NOBLOCK, copy=True)
 
     def _commit(self) -> None:
         self.pending_since = 0.0
@@ -246,6 +250,7 @@ class Ingest:
             if run not in self.no_room:
                 self.store.journal(run).append_map(Kind.TICK, now_ns, body)
         self._commit()
+        self._look_at_links(now_ns)
         self._tell_live(now_ns, set(ticks))
         self.store.rest({s.run for s in self.peers.streams.values()}, time.monotonic())
         self._bind_again()
@@ -270,6 +275,17 @@ class Ingest:
         self.watch.look(self.peers.full, self.store.open)
         self.peers.over_quota = self.watch.over_quota
         self.peers.crowded = self.watch.crowded
+
+    def _look_at_links(self, now_ns: int) -> None:
+        """A process that is stopped or keeps the GIL says nothing and stays connected."""
+        for stream, frame in self.peers.unheard(now_ns):
+            try:
+                self._send_one(stream.peer, frame)
+                stream.link = "up"
+            except zmq.Again:
+                stream.link = "up"
+            except zmq.ZMQError:
+                stream.link = "gone"
 
     def _bind_again(self) -> None:
         """Whoever removed our socket's path (a logout does, in /run/user) cut off all new ranks."""
@@ -339,6 +355,7 @@ def _about(s: Stream) -> dict[str, Any]:
         "kind": s.kind,
         "heard_ns": s.heard_ns,
         "silent": s.silent,
+        "link": s.link,
         "ended": s.ended,
         "durable": s.durable,
         **s.about,

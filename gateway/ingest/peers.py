@@ -9,7 +9,7 @@ Work on files is handed to the shell as `Job`s, which tells when they are `done`
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -28,6 +28,7 @@ CREDIT_FLOOR_BYTES = 8 << 10
 CREDIT_TOP_BYTES = 4 << 20
 QUEUED_TOP_BYTES = 32 << 20  #: of chunks of files that wait for the disk, whatever peers send
 PENDING_TOP_BYTES = 1 << 20  #: of entries that wait for room, when the disk is full
+UNHEARD_NS = 6 * 10**9  #: a ping missed: is it connected at all?
 SILENT_NS = 15 * 10**9  #: three pings missed
 GONE_NS = 75 * 10**9  #: 60 s of ticks after that the rules call it lost; then it is forgotten here
 MAX_NUMBER = 1 << 62  #: sums of numbers still fit the 64 bits of a column
@@ -82,6 +83,7 @@ class Stream:
     opened_ns: int = 0  #: its first HELLO in this life of the gateway
     durable: int = 0
     silent: bool = False
+    link: str = ""  #: its connection: up | gone, or not known; for display only
     ended: bool = False
     dropped: bool = False  #: data came that we had no room for
     changed: bool = False  #: another journal had acknowledged it
@@ -606,6 +608,17 @@ class Peers:
             if not 0 <= now_ns - struck.since_ns < STRIKE_NS:
                 del self._struck[peer]
         return out
+
+    def unheard(self, now_ns: int) -> Iterator[tuple[Stream, bytes]]:
+        """Streams that should have been heard, each with a frame that it ignores, as it is of no
+        session: the shell sends that, and notes on the stream whether it can."""
+        for stream in self.streams.values():
+            if stream.file or stream.ended or not stream.peer:
+                continue
+            if now_ns - stream.heard_ns > UNHEARD_NS:
+                yield stream, frames.control(Type.ACK, 0, stream.id, {})
+            else:
+                stream.link = "up"
 
     def superseded(self, run: str) -> dict[bytes, Stream]:
         """Older stream → the newer one, where two processes that live say they are one rank.

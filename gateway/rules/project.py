@@ -18,6 +18,7 @@ import numpy.typing as npt
 from rank_client.wire.frames import DATA_HEAD, DATA_HEAD_BYTES
 from rank_client.wire.records import (
     HEADER_BYTES,
+    MAX_EVENT_BYTES,
     MAX_KEYS,
     ROW_HEAD_BYTES,
     UNNUMBERED,
@@ -509,6 +510,8 @@ class Projection:
 
     def _record(self, entry: int, stream: Stream, head: Head, records: memoryview) -> None:
         try:
+            if head.size > MAX_EVENT_BYTES:
+                raise BadRecord("larger than a record may be")
             body = unpack_map(bytes(records[head.body]))
         except BadRecord as error:
             self._quarantine(entry, stream, head.seq, 1, str(error))

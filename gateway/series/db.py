@@ -7,6 +7,8 @@ from typing import Any
 
 import apsw
 
+from .home import resting_copy
+
 PAGE_BYTES = 16 << 10
 BUSY_MS = 5000
 
@@ -31,7 +33,10 @@ def open_writer(path: Path, synchronous: int) -> apsw.Connection:
 
 
 def open_reader(path: Path) -> apsw.Connection:
-    """Read-only. On a read-only mount there is no shared-memory file to make: open immutable."""
+    """Read-only. On a read-only mount there is no shared-memory file to make: open immutable. So
+    is a copy made at rest, that no log of writes is left beside it."""
+    if resting_copy(path):
+        return _connect(path, "immutable=1")
     try:
         db = _connect(path, "mode=ro")
         db.set_busy_timeout(BUSY_MS)

@@ -134,11 +134,14 @@ class Block:
 
 
 class Reader:
-    """A read-only view of one run. Raises apsw.Error when there is no series.db."""
+    """A read-only view of one run. Raises apsw.Error when there is no series.db.
 
-    def __init__(self, run_dir: Path) -> None:
+    `built_in` is where the series are, if not in the run's own directory.
+    """
+
+    def __init__(self, run_dir: Path, built_in: Path | None = None) -> None:
         self.run_dir = run_dir
-        self._db = open_reader(run_dir / "series.db")
+        self._db = open_reader((built_in or run_dir) / "series.db")
         self._inode = self._inode_now()
 
     def close(self) -> None:
@@ -313,6 +316,54 @@ class Reader:
         parts.append((tail[:, 0], tail[:, 1], tail[:, 2]))
         stream, seq, step = (np.concatenate(column) for column in zip(*parts, strict=True))
         return stream, seq, step
+
+    def recent_rows(self, streams: Iterable[int], enough: int) -> npt.NDArray[np.int64]:
+        """(n, 4) of stream, seq, step, wall_ns, by stream and seq: the newest rows of each of these
+        streams, `enough` or all that there are, with none between them left out."""
+        wanted = np.array(sorted(streams), np.int64)
+        since = np.zeros(len(wanted), np.int64)
+        parts = [np.empty((0, TAIL_HEAD_COLUMNS), np.int64)]
+        with self._db:
+            for keyset, packed in fetch(self._db, "SELECT id, keys FROM keyset ORDER BY id"):
+                part = self._newest_rows(keyset, len(packed) // 4, wanted, enough)
+                part = part[np.lexsort((part[:, 1], part[:, 0]))]
+                stream, first, n = np.unique(part[:, 0], return_index=True, return_counts=True)
+                cut = n >= enough  # of this key set there may be older ones
+                place = np.searchsorted(wanted, stream[cut])
+                since[place] = np.maximum(since[place], part[first[cut], 1])
+                parts.append(part)
+        rows = np.concatenate(parts)
+        rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
+        return rows[rows[:, 1] >= since[np.searchsorted(wanted, rows[:, 0])]]
+
+    def _newest_rows(
+        self, keyset: int, keys: int, wanted: npt.NDArray[np.int64], enough: int
+    ) -> npt.NDArray[np.int64]:
+        """Heads of one key set: the tail's, and those of newer segments while a stream of
+        `wanted` has not enough."""
+        tail = self._tail(keyset, keys)[:, :TAIL_HEAD_COLUMNS].astype(np.int64)
+        rows = tail[np.isin(tail[:, 0], wanted)]
+        for ordinal, streams, offsets, n in fetch(
+            self._db,
+            "SELECT ordinal, streams, offsets, n FROM segment WHERE keyset = ?"
+            " ORDER BY ordinal DESC",
+            (keyset,),
+        ):
+            have = np.bincount(np.searchsorted(wanted, rows[:, 0]), minlength=len(wanted))
+            lacking = wanted[have < enough]
+            if not len(lacking):
+                break
+            if not np.isin(lacking, np.frombuffer(streams, "<u4")).any():
+                continue
+            [columns] = fetch(
+                self._db,
+                "SELECT seq, step, wall FROM segment WHERE keyset = ? AND ordinal = ?",
+                (keyset, ordinal),
+            )
+            heads = [_expand(streams, offsets, n), *(np.frombuffer(c, "<i8") for c in columns)]
+            found = np.stack(heads, axis=1)
+            rows = np.concatenate([rows, found[np.isin(found[:, 0], lacking)]])
+        return rows
 
     def _segment_points(self, key: int, type_: str) -> list[Points]:
         rows = fetch(

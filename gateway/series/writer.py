@@ -20,6 +20,7 @@ from rank_client.wire.records import HEADER_BYTES, ROW_HEAD_BYTES
 from ..rules.generations import Generations
 from ..rules.project import NEVER_CAME, TAIL_HEAD_COLUMNS, Changes, Layout, Projection, Stream
 from .db import fetch, open_writer
+from .home import note_home, torn_copy
 
 FORMAT = 2
 SEAL_ROWS = 4096
@@ -43,9 +44,10 @@ class Series:
     """The writing end of one run's series.db, and the projection state it was built from."""
 
     def __init__(self, path: Path, journal: bytes, anew: bool = False) -> None:
-        """Open, or begin anew: when that is asked for, or the file is another journal's or of
-        another format."""
+        """Open, or begin anew: when that is asked for, or the file is another journal's, of
+        another format, or a copy made while it was written to."""
         self._path = path
+        anew = anew or torn_copy(path)
         try:
             db = self._open(path)
             found = self._about(db)
@@ -61,6 +63,7 @@ class Series:
                 about = {"format": FORMAT, "journal": journal, "build": os.urandom(16)}
                 about |= {"cursor": 0, "state": "running", "reason": ""}
                 db.executemany("INSERT INTO about VALUES(?, ?)", list(about.items()))
+        note_home(path)
         self.db = db
         self.projection, self.cursor = load(db)
         [(self.tail,)] = fetch(db, "SELECT value FROM about WHERE name = 'tail'") or [(0,)]

@@ -62,11 +62,17 @@ def root_path(project: str, name: str, task: str) -> str:
     return f"{path_part(project)}/{path_part(name)}.{task}"
 
 
+def ending(name: str) -> str:
+    """The ending of a file's name, where it is one that may stand in a path."""
+    suffix = Path(name).suffix
+    return suffix if re.fullmatch(r"\.[A-Za-z0-9_]{1,16}", suffix) else ""
+
+
 def media_path(root: str, item: Media) -> str:
     """Pictures lie under their content; files and models under their key, so a new one replaces."""
     if item.what in ("image", "figure"):
         title, series = clearml_title_series(item.key, item.rank)
-        name = f"{item.sha256[:32]}{Path(item.name).suffix.lower()}"
+        name = f"{item.sha256[:32]}{ending(item.name).lower()}"
         return f"{root}/metrics/{path_part(title)}/{path_part(series)}/{name}"
     kind = "models" if item.what == "checkpoint" else "artifacts"
     return f"{root}/{kind}/{path_part(artifact_key(item))}/{path_part(item.name)}"

@@ -171,7 +171,7 @@ class ClearmlExport:
 
     def _model(self, item: Media) -> None:
         # the importer calls the task's model by this file name, so it has to tell keys apart
-        suffix = Path(item.name).suffix
+        suffix = wire.ending(item.name)
         name = wire.path_part(wire.artifact_key(item)).removesuffix(suffix) + suffix
         place = f"models/{name}"
         self._copy(item, self._folder / place)

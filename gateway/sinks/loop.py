@@ -36,6 +36,7 @@ from .retry import Backoff
 from .store import Spans, Store
 
 FETCH_ENTRIES = 512
+FETCH_RECORDS = 8192  #: of a batch, about: after an outage entries are long
 ENDED = ("completed", "failed", "lost")
 
 log = logging.getLogger("rankgate.sinks")
@@ -148,7 +149,7 @@ class Loop:
         entries = self._reader.feed(self._cursor(), FETCH_ENTRIES)
         if entries:
             self._streams = {s.index: s for s in self._reader.streams()}
-            entries = self._as_before(entries)
+            entries = _bounded(self._as_before(entries))
         wanted = [w for e in entries if (w := self._untaken(e)) is not None]
         blocks = self._blocks(wanted)
         items: list[Item] = []
@@ -303,6 +304,16 @@ class Loop:
         self._opened = False
         self.done = True
         return 0.2
+
+
+def _bounded(entries: list[FeedEntry]) -> list[FeedEntry]:
+    """The first of them, never cut between two of one journal entry."""
+    records = 0
+    for i, entry in enumerate(entries[:-1]):
+        records += entry.last - entry.first + 1
+        if records >= FETCH_RECORDS and entries[i + 1].entry != entry.entry:
+            return entries[: i + 1]
+    return entries
 
 
 def add(total: Sent, sent: Sent) -> None:

@@ -16,6 +16,7 @@ from rank_client.wire.disk import OsDisk
 from ..errors import AmbiguousRun, Busy, Damaged, NotServed, RankgateError, UnknownRun
 from ..journal.reader import JournalReader
 from ..series.reader import Reader, StreamRow
+from .rebuilt import series_of
 from .words import clean
 
 SHORT_CHARACTERS = 4
@@ -84,7 +85,7 @@ def label(run_dir: Path, streams: Sequence[StreamRow]) -> Label:
 def reading(run_dir: Path) -> Iterator[Reader]:
     """A run's reader. Inside the block, SQLite's errors come as Damaged, Busy or NotServed."""
     try:
-        with Reader(run_dir) as reader:
+        with Reader(run_dir, series_of(run_dir)) as reader:
             try:
                 reader.about()
             except (apsw.SQLError, KeyError):  # its tables are being made at this moment

@@ -1,5 +1,5 @@
-"""What `rankgate doctor` looks at: this machine, the data directory, the spool. Writes one small
-file into each directory it measures, and removes it."""
+"""What `rankgate doctor` looks at: the data directory, its gateway, the spool, this machine and
+what is installed. Disks are in `disks.py`, keys and addresses in `reach.py`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ import json
 import os
 import platform
 import resource
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -20,50 +18,34 @@ import apsw
 import zmq
 
 from rank_client import sweep
+from rank_client.rendezvous import ipc_address
 
+from .check import Check
+from .disks import data_checks, existing, spool_checks
 from .queries import gateway_of, tree_bytes
+from .reach import address_check, key_checks
 from .words import duration, plural, size
 
-FSYNCS = 20
-SLOW_FSYNC_SECONDS = 0.02
 ENOUGH_FILES = 4096  #: a socket and a few files per rank, and SQLite's
-ENOUGH_BYTES = 1 << 30
+SHOWN_LEFTOVERS = 5
 SKEW_SECONDS = 2.0
 EARLIEST = 1_700_000_000  #: no clock that is right says less
 
-NETWORK = (
-    "nfs",
-    "cifs",
-    "smb",
-    "lustre",
-    "gpfs",
-    "beegfs",
-    "ceph",
-    "glusterfs",
-    "fuse.sshfs",
-    "9p",
-)
-MEMORY = ("tmpfs", "ramfs")
 EXTRAS = ("neptune", "clearml", "torch", "pyarrow")
 MINIMUM = {"pyzmq": (26,), "apsw": (3, 51, 3), "msgpack": (1, 2, 1), "numpy": (1, 26)}
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
-    """`state`: ok | warn | fail; `text` is the finding, `advice` what to do about it."""
-
-    name: str
-    state: str
-    text: str
-    advice: str = ""
-
-
-def look(data_dir: Path, spool: Path, now_ns: int) -> list[Check]:
-    """Every check, in the order in which one depends on another."""
+def look(
+    data_dir: Path, spool: Path, environ: Mapping[str, str], reserve_bytes: int, now_ns: int
+) -> list[Check]:
+    """Every check, in the order in which one depends on another. `environ` is that of the ranks,
+    `reserve_bytes` is what the gateway's config keeps free."""
     parts: tuple[Callable[[], Iterator[Check]], ...] = (
-        lambda: _directory("data directory", data_dir),
+        lambda: data_checks(data_dir, reserve_bytes),
         lambda: _gateway(data_dir, now_ns),
-        lambda: _directory("spool", spool),
+        lambda: key_checks(data_dir, environ),
+        lambda: _address(environ),
+        lambda: spool_checks(spool, environ),
         lambda: _leftovers(data_dir, spool),
         _limits,
         lambda: _clock(data_dir, now_ns),
@@ -72,125 +54,61 @@ def look(data_dir: Path, spool: Path, now_ns: int) -> list[Check]:
     return [check for part in parts for check in part()]
 
 
-# --- directories ---------------------------------------------------------------------------------
-
-
-def _directory(name: str, path: Path) -> Iterator[Check]:
-    where = existing(path)
-    missing = "" if where == path else ", made by the first run"
-    if not os.access(where, os.W_OK | os.X_OK):
-        yield Check(name, "fail", f"{path} cannot be written", f"choose another, or chmod {where}")
-        return
-    if not missing and where.stat().st_uid == os.getuid() and where.stat().st_mode & 0o077:
-        advice = f"chmod 700 {path}: logs may hold what others must not read"
-        yield Check(name, "warn", f"{path} is open to other users", advice)
-    else:
-        yield Check(name, "ok", f"{path}{missing}")
-    yield _file_system(name, where)
-    yield _room(name, where)
-    yield _fsync(name, where)
-
-
-def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    path = path.absolute()
-    while not path.is_dir() and path != path.parent:
-        path = path.parent
-    return path
-
-
-def file_system(path: Path, mounts: str | None = None) -> str:
-    """The kind of file system a path is on, as Linux names it; `unknown` elsewhere."""
-    try:
-        table = Path("/proc/self/mounts").read_text() if mounts is None else mounts
-    except OSError:
-        return "unknown"
-    real, best, kind = os.path.realpath(path), -1, "unknown"
-    for line in table.splitlines():
-        fields = line.split()
-        if len(fields) < 3:
-            continue
-        point = fields[1].replace("\\040", " ")
-        inside = point == "/" or real == point or real.startswith(f"{point}/")
-        if inside and len(point) >= best:
-            best, kind = len(point), fields[2]
-    return kind
-
-
-def _file_system(name: str, path: Path) -> Check:
-    kind = file_system(path)
-    label = f"{name}: file system"
-    if kind.startswith(NETWORK):
-        advice = "SQLite is slow and unsafe there: put it on a disk of this node"
-        return Check(label, "warn", f"{kind}, a network disk", advice)
-    if kind in MEMORY:
-        return Check(label, "warn", f"{kind}, in memory", "it is gone after a reboot: use a disk")
-    return Check(label, "ok", kind)
-
-
-def _room(name: str, path: Path) -> Check:
-    stats = os.statvfs(path)
-    free = stats.f_bavail * stats.f_frsize
-    state = "ok" if free > ENOUGH_BYTES else "warn"
-    advice = "" if state == "ok" else "ranks keep their logs when it is full; make room"
-    return Check(f"{name}: room", state, f"{size(free)} free", advice)
-
-
-def _fsync(name: str, path: Path) -> Check:
-    """How long a 4 KiB write takes to reach the disk: what an acknowledgement waits for."""
-    label, spans = f"{name}: fsync", []
-    try:
-        fd, file = tempfile.mkstemp(prefix=".doctor-", dir=path)
-    except OSError as error:
-        return Check(label, "fail", f"cannot write in {path}: {error.strerror}")
-    try:
-        for _ in range(FSYNCS):
-            os.write(fd, b"\0" * 4096)
-            start = time.perf_counter()
-            os.fdatasync(fd)
-            spans.append(time.perf_counter() - start)
-    except OSError as error:
-        return Check(label, "fail", f"cannot write in {path}: {error.strerror}")
-    finally:
-        os.close(fd)
-        Path(file).unlink()
-    middle, worst = statistics.median(spans), max(spans)
-    slow = middle > SLOW_FSYNC_SECONDS
-    advice = "acknowledgements wait for it; log() does not" if slow else ""
-    text = f"{middle * 1000:.1f} ms, at worst {worst * 1000:.1f} ms of {FSYNCS}"
-    return Check(label, "warn" if slow else "ok", text, advice)
-
-
 # --- gateway and spool ---------------------------------------------------------------------------
 
 
 def _gateway(data_dir: Path, now_ns: int) -> Iterator[Check]:
     gateway = gateway_of(data_dir, now_ns)
+    log = data_dir / "gateway.log"
     if gateway.state == "serving":
         up = duration(gateway.up_seconds)
-        yield Check("gateway", "ok", f"answers: {', '.join(gateway.addresses)}, up {up}")
+        yield Check("gateway", "ok", f"serves {', '.join(gateway.addresses)}, up {up}")
+        advice = f"look into {log}"
+        yield address_check("gateway: socket", ipc_address(data_dir), {}, advice)
         if gateway.full:
             yield Check(
-                "gateway: disk", "fail", "full: it takes nothing", "make room; no log is lost"
+                "gateway: disk", "bad", "full: it takes nothing", "make room; no log is lost"
             )
     elif gateway.state == "not answering":
         text = "holds its lock and does not answer"
-        yield Check("gateway", "fail", text, f"look into {data_dir / 'gateway.log'}")
+        yield Check("gateway", "bad", text, f"look into {log}")
     else:
         yield Check("gateway", "ok", "not running; a rank or `rankgate serve` starts one")
 
 
+def _address(environ: Mapping[str, str]) -> Iterator[Check]:
+    """The gateway on another node that ranks started here would look for."""
+    address = environ.get("RANKGATE_ADDR")
+    if address:
+        advice = "start it there (rankgate serve --bind tcp), or unset RANKGATE_ADDR"
+        yield address_check("RANKGATE_ADDR", address, environ, advice)
+
+
 def _leftovers(data_dir: Path, spool: Path) -> Iterator[Check]:
-    """Per run, what processes left in the spool that are gone."""
-    orphans = sweep.find(spool, data_dir, lambda run: (data_dir / "runs" / run).is_dir())
-    if not orphans:
+    """What processes left in the spool that are gone, by run and by who can take it."""
+    found: dict[tuple[str, str], list[sweep.Orphan]] = {}
+    for orphan in sweep.find(spool, None, lambda _: True, holes=True):
+        found.setdefault((orphan.run, _ships(orphan, data_dir)), []).append(orphan)
+    if not found:
         yield Check("spool: leftovers", "ok", "none")
-        return
-    for run in sorted({o.run for o in orphans}):
-        own = [o for o in orphans if o.run == run]
+    for (run, command), own in list(found.items())[:SHOWN_LEFTOVERS]:
         held = size(sum(tree_bytes(o.directory) for o in own))
         text = f"run {run}: {plural(len(own), 'stream')} not shipped, {held}"
-        yield Check("spool: leftovers", "warn", text, f"rankgate drain --dir {data_dir}")
+        yield Check("spool: leftovers", "warn", text, command)
+    if len(found) > SHOWN_LEFTOVERS:
+        rest = [o for own in list(found.values())[SHOWN_LEFTOVERS:] for o in own]
+        text = f"and {plural(len(rest), 'stream')} of {len(found) - SHOWN_LEFTOVERS} more runs"
+        yield Check("spool: leftovers", "warn", text, f"all are in {spool}")
+
+
+def _ships(orphan: sweep.Orphan, data_dir: Path) -> str:
+    """The command that ships an orphan."""
+    gap = " --accept-gap" if (orphan.directory / "hole").exists() else ""
+    address, home = str(orphan.hello.get("addr") or ""), str(orphan.hello.get("dir") or data_dir)
+    here = (data_dir / "runs" / orphan.run).is_dir()
+    if not here and address.startswith("tcp://"):
+        return f"rankgate sweep{gap} --address {address}"
+    return f"rankgate {'sweep --accept-gap' if gap else 'drain'} --dir {data_dir if here else home}"
 
 
 # --- machine -------------------------------------------------------------------------------------
@@ -214,14 +132,32 @@ def _clock(data_dir: Path, now_ns: int) -> Iterator[Check]:
     skew = _disk_skew(existing(data_dir))
     if abs(skew) > SKEW_SECONDS:
         problems.append(f"the data directory's clock is {skew:+.1f} s from ours")
+    ahead = _last_word(data_dir) - now_ns / 1e9
+    if ahead > SKEW_SECONDS:
+        problems.append(f"a gateway wrote here {duration(ahead)} in our future: it was set back")
     problems += _rank_skews(data_dir, now_ns)
     for text in problems:
         yield Check("clock", "warn", text, "set the time by NTP; order is kept, times are not")
     if not problems:
-        synced = {True: "kept by NTP", False: "not known to be kept by NTP"}.get(
-            _synchronised(), ""
-        )
-        yield Check("clock", "ok", f"{time.strftime('%Y-%m-%d %H:%M:%S %z')} {synced}".strip())
+        synced = "kept by NTP" if _synchronised() else "not known to be kept by NTP"
+        text = f"{time.strftime('%Y-%m-%d %H:%M:%S %z')} {synced}"
+        yield Check("clock", "ok", f"{text}, corrected by {_corrected():+.0f} ppm since boot")
+
+
+def _last_word(data_dir: Path) -> float:
+    """When a gateway last said that it is there, by its own clock; 0 where none ever did."""
+    try:
+        return float(json.loads((data_dir / "ingest.json").read_bytes())["at_ns"]) / 1e9
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+
+
+def _corrected() -> float:
+    """By how much the kernel's clock was slewed against the bare oscillator, in millionths."""
+    if not hasattr(time, "CLOCK_MONOTONIC_RAW"):
+        return 0.0
+    bare = time.clock_gettime(time.CLOCK_MONOTONIC_RAW)
+    return (time.clock_gettime(time.CLOCK_MONOTONIC) - bare) / max(bare, 1.0) * 1e6
 
 
 def _disk_skew(path: Path) -> float:
@@ -265,6 +201,7 @@ def _synchronised() -> bool:
 
 
 def _versions() -> Iterator[Check]:
+    yield Check("rankgate", "ok", _version("rankgate") or "not installed, run from its folder")
     yield Check("python", "ok", f"{platform.python_version()} on {platform.system()}")
     more = {"pyzmq": f"libzmq {zmq.zmq_version()}", "apsw": f"SQLite {apsw.sqlite_lib_version()}"}
     for name, needed in MINIMUM.items():
@@ -273,7 +210,7 @@ def _versions() -> Iterator[Check]:
         wanted = ".".join(map(str, needed))
         enough = _numbers(found) >= needed
         advice = "" if enough else f"pip install '{name}>={wanted}'"
-        yield Check(name, "ok" if enough else "fail", text or "missing", advice)
+        yield Check(name, "ok" if enough else "bad", text or "missing", advice)
     have: Mapping[str, str] = {name: _version(name) for name in EXTRAS}
     listed = ", ".join(f"{name} {v}" if v else f"no {name}" for name, v in have.items())
     yield Check("extras", "ok", listed)

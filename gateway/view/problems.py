@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+from ..rules.project import ANOTHER_JOURNAL
 from ..series.reader import About, StreamRow
 from .words import clean, count, duration, plural, ranges, rank_name
 
 ALONE = 3  #: so many silent ranks get a sentence each, more are told by node
+TWINS_SECONDS = 10.0  #: an old process may take so long to end when a new one has begun
 GOES_ON_NS = 5 * 10**9  #: logged so long after another was last heard: not waiting for it
+WAIT_SECONDS = 15.0  #: silent for less: whether the others wait or are within a step is not known
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """`kind`: failed | silent | dead | missing | lost | damaged | memory | values | quarantine |
-    unordered; rank and node where it is one rank's."""
+    """`kind`: failed | silent | gone | stuck | dead | missing | lost | damaged | journal |
+    memory | values | quarantine | unordered | twins; rank and node where it is one rank's."""
 
     kind: str
     text: str
@@ -40,6 +43,10 @@ class Rank(Protocol):
     @property
     def silent_seconds(self) -> float: ...
     @property
+    def stuck_seconds(self) -> float: ...
+    @property
+    def connected(self) -> bool: ...
+    @property
     def heard_ns(self) -> int: ...
     @property
     def logged_ns(self) -> int: ...
@@ -59,7 +66,7 @@ def find_problems(
     quarantine: Sequence[tuple[int, int | None, int, int, str]],
 ) -> tuple[Problem, ...]:
     """Every problem, worst first, but for records that are `unreachable`."""
-    out = [*_failures(about, ranks), *_damage(about)]
+    out = [*_failures(about, ranks), *_damage(about), *_another_journal(about)]
     out += _silences(ranks) if about.state == "running" else _gone(about, ranks)
     out += _missing(ranks) if about.state in ("running", "lost") else ()
     out += _losses(streams, losses)
@@ -76,6 +83,16 @@ def _damage(about: About) -> Iterable[Problem]:
     if about.damage:
         where = "; ".join(about.damage)
         yield Problem("damaged", f"the journal is damaged: {where}; the good part is shown")
+
+
+def _another_journal(about: About) -> Iterable[Problem]:
+    streams = about.counters.get(ANOTHER_JOURNAL, 0)
+    if streams:
+        text = (
+            f"journal changed: {plural(streams, 'process', 'processes')} had more acknowledged by "
+            "another journal, or by a newer copy of this one; all that was kept was sent again"
+        )
+        yield Problem("journal", text)
 
 
 def name_of(rank: Rank) -> str:
@@ -98,8 +115,8 @@ def _failures(about: About, ranks: Sequence[Rank]) -> Iterable[Problem]:
     dead = [r for r in ranks if r.state == "dead"]
     if dead:
         noun = "rank" if len(dead) == 1 else "ranks"
-        text = f"{noun} {ranges(r.rank for r in dead)} died without a word; the launcher has exited"
-        yield Problem("dead", text)
+        text = f"{noun} {ranges(r.rank for r in dead)} died without a word"
+        yield Problem("dead", f"{text}; the launcher has exited" if about.launchers else text)
 
 
 def _last_line(text: str) -> str:
@@ -113,33 +130,80 @@ def _at_step(step: int) -> str:
 
 
 def _silences(ranks: Sequence[Rank]) -> Iterable[Problem]:
-    silent = [r for r in ranks if r.state == "silent"]
-    if not silent:
+    """Of ranks that are not heard; when all wait for them, that others are stuck goes without
+    saying."""
+    silent = [r for r in ranks if r.state in ("silent", "gone")]
+    waiting = [r for r in ranks if r.state in ("live", "stuck")]
+    longest = max(silent, key=lambda r: r.silent_seconds, default=None)
+    go_on = longest is not None and _others_go_on(silent, ranks)
+    if longest and waiting and not go_on and longest.silent_seconds >= WAIT_SECONDS:
+        where = _at_step(max(r.step for r in ranks))
+        age = f"{longest.state} longest, {duration(longest.silent_seconds)}{_link(longest)}"
+        text = f"all ranks wait{where}; {name_of(longest)} {age}"
+        yield Problem(longest.state, text, longest.rank, longest.node)
         return
-    if not _others_go_on(silent, ranks):
-        longest = max(silent, key=lambda r: r.silent_seconds)
-        step = max(r.step for r in ranks)
-        where = f" at step {count(step)}" if step >= 0 else ""
-        age = duration(longest.silent_seconds)
-        text = f"all ranks wait{where}; {name_of(longest)} silent longest, {age}"
-        yield Problem("silent", text, longest.rank, longest.node)
-        return
-    if len(silent) <= ALONE:
-        for rank in silent:
-            yield _one("silent", rank, _silent_for(rank))
-        return
-    for node in dict.fromkeys(r.node for r in silent):
-        there = [r for r in silent if r.node == node]
-        longest = max(there, key=lambda r: r.silent_seconds)
-        if len(there) == 1:
-            yield _one("silent", longest, _silent_for(longest))
-        else:
-            who = f"ranks {ranges(r.rank for r in there)} ({clean(node)})"
-            yield Problem("silent", f"{who} {_silent_for(longest)}", None, node)
+    tail = "; others go on" if go_on else ""
+    for rank, who in _by_node(silent):
+        where = f"{duration(rank.silent_seconds)}{_at_step(rank.step)}"
+        text = f"{who} {rank.state} for {where}{_link(rank)}{tail}"
+        yield Problem(rank.state, text, rank.rank if who == name_of(rank) else None, rank.node)
+    yield from _hangs(ranks)
 
 
-def _silent_for(rank: Rank) -> str:
-    return f"silent for {duration(rank.silent_seconds)}{_at_step(rank.step)}; others go on"
+def _by_node(ranks: Sequence[Rank]) -> Iterable[tuple[Rank, str]]:
+    """Each rank with its name, or where they are many, of each node and state the one that is
+    silent or stuck for longest, with the names of all."""
+    if len(ranks) <= ALONE:
+        yield from ((rank, name_of(rank)) for rank in ranks)
+        return
+    for node, state in dict.fromkeys((r.node, r.state) for r in ranks):
+        there = [r for r in ranks if (r.node, r.state) == (node, state)]
+        longest = max(there, key=lambda r: r.silent_seconds + r.stuck_seconds)
+        who = f"ranks {ranges(r.rank for r in there)} ({clean(node)})"
+        yield longest, name_of(longest) if len(there) == 1 else who
+
+
+def _link(rank: Rank) -> str:
+    """What is known of a rank that is not heard."""
+    if rank.state == "gone":
+        return ": not connected any more, so its process or node is likely down or stopped"
+    return ", still connected: stopped, or a C call keeps the GIL" if rank.connected else ""
+
+
+def _hangs(ranks: Sequence[Rank]) -> Iterable[Problem]:
+    """Of ranks that are heard and log nothing: they hang, or do something that takes long."""
+    stuck = [r for r in ranks if r.state == "stuck"]
+    if len(stuck) == len(ranks) > 1:
+        yield _all_stuck(stuck)
+        return
+    tail = ""
+    if stuck and _others_log(stuck, ranks):
+        tail = "; others go on"
+    elif all(r.state in ("stuck", "finished") for r in ranks) and len(stuck) < len(ranks):
+        tail = "; the others have finished"
+    for rank, who in _by_node(stuck):
+        where = f"{_at_step(rank.step)} for {duration(rank.stuck_seconds)}"
+        text = f"{who} stuck{where}: answers, but logs nothing{tail}"
+        yield Problem("stuck", text, rank.rank if who == name_of(rank) else None, rank.node)
+
+
+def _all_stuck(ranks: Sequence[Rank]) -> Problem:
+    """Named is who is behind, else who logged nothing for longest: it may be what all wait for."""
+    since = duration(min(r.stuck_seconds for r in ranks))
+    step = max(r.step for r in ranks)
+    first = min(ranks, key=lambda r: (r.step, -r.stuck_seconds))
+    why = f"longest, {duration(first.stuck_seconds)}"
+    if first.step < step:
+        why = f"behind,{_at_step(first.step)}"
+    text = f"all ranks stuck{_at_step(step)} for {since}: they answer, but log nothing"
+    return Problem("stuck", f"{text}; {name_of(first)} {why}", first.rank, first.node)
+
+
+def _others_log(stuck: Sequence[Rank], ranks: Sequence[Rank]) -> bool:
+    """As `_others_go_on`, after the stuck ones last logged."""
+    logged, step = max(r.logged_ns for r in stuck), max(r.step for r in stuck)
+    live = [r for r in ranks if r.state == "live"]
+    return any(r.logged_ns > logged + GOES_ON_NS or r.step > step + 1 for r in live)
 
 
 def _others_go_on(silent: Sequence[Rank], ranks: Sequence[Rank]) -> bool:
@@ -152,7 +216,7 @@ def _others_go_on(silent: Sequence[Rank], ranks: Sequence[Rank]) -> bool:
 
 def _gone(about: About, ranks: Sequence[Rank]) -> Iterable[Problem]:
     """Ranks that never said how they ended, in a run that is over."""
-    gone = [r for r in ranks if r.state in ("silent", "unknown")]
+    gone = [r for r in ranks if r.state in ("silent", "gone", "unknown")]
     if about.state == "lost":
         step = max((r.step for r in ranks), default=-1)
         who = ranges(r.rank for r in gone)
@@ -183,9 +247,36 @@ def _losses(
         yield Problem("lost", f"{who} lost {what}: {clean(reason)}", its.rank, its.node)
 
 
-def unreachable(rank: Rank, records: int) -> Problem:
-    text = f"{plural(records, 'record')} logged but not stored, and its spool is not on this node"
-    return _one("lost", rank, f"lost {text}")
+def unreachable(stream: StreamRow, records: int, spooled_in: str) -> Problem:
+    """`spooled_in`: the spool that has holes, empty where there is none on this node."""
+    who = rank_name(stream.rank, stream.node, stream.local_rank)
+    what = plural(records, "record")
+    if spooled_in:
+        text = (
+            f"{who}: {what} cannot be read in {spooled_in}, and those behind wait; to give them "
+            "up and ship the rest: rankgate sweep --accept-gap"
+        )
+    else:
+        text = f"{who} lost {what} logged but not stored, and its spool is not on this node"
+    return Problem("lost", text, stream.rank, stream.node)
+
+
+def twins(told: Iterable[Mapping[str, Any]]) -> tuple[Problem, ...]:
+    """Ranks that two processes say they are, by what ingest tells of its streams now."""
+    streams = {str(s.get("stream")): s for s in told}
+    out = []
+    for older in streams.values():
+        newer, seconds = streams.get(str(older.get("superseded"))), older.get("both_seconds")
+        if newer is None or not isinstance(seconds, int | float) or seconds <= TWINS_SECONDS:
+            continue
+        rank, who = newer.get("rank"), " and ".join(_process(s) for s in (older, newer))
+        text = f"rank {rank} runs twice: {who} both log; both are kept"
+        out.append(Problem("twins", text, rank if isinstance(rank, int) else None))
+    return tuple(out)
+
+
+def _process(told: Mapping[str, Any]) -> str:
+    return clean(f"{told.get('node')} pid {told.get('pid')}")
 
 
 def _memory(ranks: Sequence[Rank]) -> Iterable[Problem]:

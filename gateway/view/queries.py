@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from rank_client.wire.segments import SPOOL_KINDS, scan_segment, segment_indexes
 from ..series.reader import About, Reader, StreamRow
 from ..sinks.store import SinkView, read_views
 from .finding import Label, label, reading, run_dirs
+from .pace import RECENT_ROWS, STUCK_SECONDS, patience
 from .points import KeyRow, key_row, lives_of, matching_keys
-from .problems import Problem, find_problems, unreachable
+from .problems import Problem, find_problems, twins, unreachable
 
 ANSWER_NS = 3 * 10**9  #: ingest says each second that it is there
+HEARD_NS = 7 * 10**9  #: a ping comes every 5 s; without one nobody knows what it logs
 JUST_OPENED_NS = 5 * 10**9  #: a rank that young may not stand in live.json yet
 SINKS = ("clearml", "hub", "neptune")
 LOOKED_AT_KEYS = 200  #: by `show`, for values that are no numbers
@@ -44,6 +47,7 @@ class Gateway:
     answered_ns: int  #: when ingest last said that it is there, 0 for never
     full: bool  #: the disk takes no more
     bytes: int  #: what the data directory holds
+    alarms: tuple[str, ...] = ()  #: what has run out, in words
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +74,9 @@ class Accounting:
 
 @dataclass(frozen=True, slots=True)
 class RankView:
-    """A rank's newest life. `state`: live | silent | finished | failed | dead | missing, or
-    `unknown` where no gateway tells."""
+    """A rank's newest life. `state`: live | stuck (heard, but logs nothing) | silent | gone (not
+    heard and not connected) | finished | failed | dead | missing, or `unknown` where no gateway
+    tells."""
 
     rank: int
     node: str
@@ -85,6 +90,8 @@ class RankView:
     bad_values: int
     text: str  #: how it failed
     accounting: Accounting
+    stuck_seconds: float = 0.0  #: since it last logged, when that is too long
+    connected: bool = False  #: one that is silent
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +189,7 @@ def gateway_of(data_dir: Path, now_ns: int, measure: bool = False) -> Gateway:
         at_ns,
         bool(ingest.get("full")),
         tree_bytes(data_dir) if measure else 0,
+        tuple(str(a) for a in ingest.get("alarms") or ()),
     )
 
 
@@ -227,6 +235,7 @@ class _Told:
     last: int
     refused: int
     spool: str = ""  #: where its records stand, when it was the spool that said so
+    holes: int = 0  #: numbers it gave of which the spool has nothing that can be read
 
 
 def account(stream: StreamRow, told: _Told, over: bool) -> Accounting:
@@ -234,7 +243,7 @@ def account(stream: StreamRow, told: _Told, over: bool) -> Accounting:
     last = stream.last_seq if stream.bye else max(stream.last_seq, told.last)
     refused = max(stream.refused, told.refused)
     missing = last - stream.last_seq
-    unreachable = missing if over and not told.spool else 0
+    unreachable = missing if over and not told.spool else min(missing, told.holes)
     return Accounting(
         logged=last + refused,
         stored=stream.stored,
@@ -261,17 +270,26 @@ def spool_told(folder: Path) -> _Told:
         refused, _ = COUNTS.unpack_from((folder / "counts").read_bytes())
     except (OSError, ValueError, TypeError):
         refused = 0
-    return _Told(last, refused, str(folder) if last else "")
+    return _Told(last, refused, str(folder) if last else "", _holes(folder))
+
+
+def _holes(folder: Path) -> int:
+    """As whoever tried to ship it has noted."""
+    try:
+        return int((folder / "hole").read_text().split()[2])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _told(
     stream: StreamRow, live: Mapping[str, Any], served: bool, run_spool: Path | None
 ) -> _Told:
     last, refused = _int(live.get("last")), _int(live.get("refused"))
-    if stream.bye or served or run_spool is None:
+    alive = served and live.get("kind") != "replay"
+    if stream.bye or alive or run_spool is None:
         return _Told(last, refused)
     found = spool_told(run_spool / stream.id.hex())
-    return _Told(max(last, found.last), max(refused, found.refused), found.spool)
+    return _Told(max(last, found.last), max(refused, found.refused), found.spool, found.holes)
 
 
 # --- the run -----------------------------------------------------------------
@@ -281,8 +299,7 @@ def run_view(run_dir: Path, now_ns: int, spool: Path | None = None) -> RunView:
     """How a run stands. `spool` is this node's spool root, looked into for what nobody carries."""
     with reading(run_dir) as reader:
         about, streams = reader.about(), reader.streams()
-        losses, quarantine = reader.losses(), reader.quarantine()
-    return _Making(run_dir, now_ns, spool, about, streams).view(losses, quarantine)
+        return _Making(run_dir, now_ns, spool, about, streams).view(reader)
 
 
 class _Making:
@@ -321,20 +338,19 @@ class _Making:
         over = not served and (self.about.state != "running" or stream.generation != self.newest)
         return account(stream, told, over)
 
-    def view(
-        self,
-        losses: Sequence[tuple[int, int, int, int, str]],
-        quarantine: Sequence[tuple[int, int | None, int, int, str]],
-    ) -> RunView:
+    def view(self, reader: Reader) -> RunView:
         about, named = self.about, label(self.run_dir, self.streams)
-        ranks = self.ranks()
+        losses, quarantine = reader.losses(), reader.quarantine()
+        ranks = self.ranks(self._stuck(reader))
         starts = (_int(s.hello.get("started")) for s in self.streams if s.kind != "tool")
         started = min((ns for ns in starts if ns), default=0)
         end = self._end_ns()
         accounting = Accounting.total(self.books.values())
         passed, held = _counters(about.counters, "passed "), _counters(about.counters, "held ")
         problems = find_problems(about, self.streams, ranks, losses, quarantine)
-        gone = [unreachable(r, r.accounting.unreachable) for r in ranks if r.accounting.unreachable]
+        problems += twins(self.told_live.values()) if self.live else ()
+        books = [(s, self.books[s.id]) for s in self.streams]
+        gone = [unreachable(s, b.unreachable, b.spooled_in) for s, b in books if b.unreachable]
         dropped = max(about.duplicates, _int(self.live_file.get("duplicates")))
         return RunView(
             run=self.run_dir.name,
@@ -351,7 +367,7 @@ class _Making:
             step=max((r.step for r in ranks), default=-1),
             last_record_ns=max([about.now_ns if not ranks else 0, *(r.logged_ns for r in ranks)]),
             world_size=len(ranks),
-            live_ranks=sum(r.state == "live" for r in ranks),
+            live_ranks=sum(r.state in ("live", "stuck") for r in ranks),
             nodes=tuple(dict.fromkeys(r.node for r in ranks if r.node)),
             ranks=ranks,
             problems=(*problems, *gone),
@@ -376,22 +392,41 @@ class _Making:
 
     # --- ranks ---------------------------------------------------------------
 
-    def ranks(self) -> tuple[RankView, ...]:
+    def ranks(self, stuck: Mapping[int, float]) -> tuple[RankView, ...]:
         """The ranks of the newest launch, those never heard of too; sorted as numbers."""
         here = [s for s in self.streams if s.generation == self.newest and s.kind != "tool"]
         size = max((_int(s.hello.get("world_size")) for s in here), default=0)
         by_rank = {s.rank: s for s in here}
         expected = {*by_rank, *(range(size) if -1 not in by_rank else ())}
         return tuple(
-            self._rank(by_rank[r]) if r in by_rank else _missing(r) for r in sorted(expected)
+            self._rank(by_rank[r], stuck) if r in by_rank else _missing(r) for r in sorted(expected)
         )
 
-    def _rank(self, stream: StreamRow) -> RankView:
+    def _stuck(self, reader: Reader) -> dict[int, float]:
+        """Index of a stream that is heard but logs nothing any more → for how many seconds."""
+        idle = {s.index: self._idle_seconds(s) for s in self.streams}
+        idle = {index: seconds for index, seconds in idle.items() if seconds > STUCK_SECONDS}
+        longest = patience(reader.recent_rows(idle, RECENT_ROWS)) if idle else {}
+        return {i: seconds for i, seconds in idle.items() if seconds > longest.get(i, inf)}
+
+    def _idle_seconds(self, stream: StreamRow) -> float:
+        """Since the last `log` of a rank that is heard; 0 where its pings do not tell."""
+        live = self._served(stream) or {}
+        told = _int(live.get("logged"))
+        heard = self.now_ns - _int(live.get("heard_ns")) < HEARD_NS
+        if live.get("kind") != "live" or not (told and heard) or self._rank_state(stream) != "live":
+            return 0.0
+        offset = live.get("offset")
+        ahead = offset if isinstance(offset, int | float) else 0.0
+        return (self.now_ns - max(stream.last_wall_ns, told)) / 1e9 - ahead
+
+    def _rank(self, stream: StreamRow, stuck: Mapping[int, float]) -> RankView:
         live = self._served(stream) or {}
         told = self.told_live.get(stream.id.hex(), {})
-        state = self._rank_state(stream)
+        state = "stuck" if stream.index in stuck else self._rank_state(stream)
         heard = _int(told.get("heard_ns")) or stream.quiet_ns or stream.last_wall_ns
-        silent = max(0.0, (self._end_ns() - heard) / 1e9) if state == "silent" and heard else 0.0
+        unheard = state in ("silent", "gone") and heard
+        silent = max(0.0, (self._end_ns() - heard) / 1e9) if unheard else 0.0
         return RankView(
             rank=stream.rank,
             node=stream.node,
@@ -402,9 +437,11 @@ class _Making:
             heard_ns=heard,
             logged_ns=max(stream.last_wall_ns, _int(told.get("logged"))),
             volatile=str(live.get("volatile") or ""),
-            bad_values=_int(told.get("bad")),
+            bad_values=max(stream.bad, _int(told.get("bad"))),
             text=stream.text,
             accounting=self.books[stream.id],
+            stuck_seconds=stuck.get(stream.index, 0.0),
+            connected=state == "silent" and live.get("link") == "up",
         )
 
     def _rank_state(self, stream: StreamRow) -> str:
@@ -417,6 +454,8 @@ class _Making:
         if self.live:
             live = self._served(stream)
             young = self.now_ns - _int(stream.hello.get("started")) < JUST_OPENED_NS
+            if live is not None and live.get("link") == "gone":
+                return "gone"
             return "live" if young or (live is not None and not live.get("silent")) else "silent"
         return "silent" if stream.quiet_ns else "unknown"
 
@@ -487,7 +526,7 @@ def shown(
         about, streams = reader.about(), reader.streams()
         lives = lives_of(reader, about, streams)
         making = _Making(run_dir, now_ns, spool, about, streams)
-        view = making.view(reader.losses(), reader.quarantine())
+        view = making.view(reader)
         names = sorted(matching_keys(reader, globs), key=key_order)
         ranks = frozenset(r.rank for r in view.ranks)
         newest = len(about.generations) - 1

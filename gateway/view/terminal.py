@@ -129,9 +129,8 @@ def gateway_lines(gateway: Gateway) -> list[Text]:
         out = [line, Text(f"         {address}")]
         if line.cell_len + len(address) + 2 <= WIDTH:
             out = [line.append(f"  {address}")]
-        if gateway.full:
-            text = "the disk is full: ranks keep their logs until there is room"
-            out.append(Text("       ! ").append(text, "red"))
+        for text in gateway.alarms:
+            out += wrapped(clean(text), "       ! ", "         ", WIDTH, "red")
         return out
     if gateway.state == "not answering":
         since = f" since {clock(gateway.answered_ns)}" if gateway.answered_ns else ""

@@ -26,6 +26,7 @@ MAX_SCHEMAS = 1024  #: per stream; beyond it rows are written as `KV` maps
 MAX_SCHEMA_BYTES = 512 << 10  #: of all schemas of a stream; the same beyond it
 MAX_KEYS = 20_000  #: per stream; beyond it values are refused and counted
 MAX_DEPTH = 8  #: of nested maps and lists in a control or record map
+MAX_CONTAINERS = 1 << 17  #: maps and lists in one: a byte of them becomes 64 in memory
 
 PAD_MASK = 0b111
 
@@ -98,6 +99,7 @@ def pack_map(kind: int, seq: int, value: dict[str, Any], schema: int = 0) -> byt
 def unpack_map(body: bytes | memoryview) -> dict[str, Any]:
     """A msgpack map from the wire or disk, bounded in size and depth. Raises BadRecord."""
     size = len(body)
+    hook = _Containers() if size > MAX_CONTAINERS else None  # each takes a byte at least
     try:
         value = msgpack.unpackb(
             body,
@@ -108,13 +110,35 @@ def unpack_map(body: bytes | memoryview) -> dict[str, Any]:
             max_array_len=min(size, 1 << 16),
             max_map_len=min(size, 1 << 16),
             max_ext_len=0,
+            object_hook=hook,
+            list_hook=hook,
+            ext_hook=_no_extension,
         )
+    except BadRecord:
+        raise
     except Exception as error:  # msgpack raises a dozen kinds for bytes that are not its own
         raise BadRecord(f"not a msgpack map: {type(error).__name__}") from None
     if not isinstance(value, dict):
         raise BadRecord("not a map")
     check_nesting(value, MAX_DEPTH)
     return value
+
+
+class _Containers:
+    """Lets so many maps and lists of one message be made, and no more."""
+
+    def __init__(self) -> None:
+        self._left = MAX_CONTAINERS
+
+    def __call__(self, made: Any) -> Any:
+        self._left -= 1
+        if self._left < 0:
+            raise BadRecord("too many maps and lists")
+        return made
+
+
+def _no_extension(_code: int, _data: bytes) -> Any:
+    raise BadRecord("an extension type")  # the limit above lets empty ones pass
 
 
 def check_nesting(value: Any, left: int) -> None:

@@ -1,12 +1,13 @@
 """A rank without torch: logs, writes down what `log` returned for, and ends as it is told.
 
 Usage: python ranks.py TRUTH_DIR STEPS END [PAUSE_SECONDS]
-END: finish | exit | os_exit | raise | kill | hang | stop | checkpoint
+END: finish | exit | os_exit | raise | kill | hang | gil | stop | checkpoint
 The truth file gets a line after each call has returned: what is in it must arrive.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -54,6 +55,9 @@ def main() -> None:
         elif end == "hang":
             Path(truth_dir / f"{run.rank}.ready").touch()
             time.sleep(600)
+        elif end == "gil":
+            Path(truth_dir / f"{run.rank}.ready").touch()
+            ctypes.PyDLL(None).sleep(600)  # as any C call that does not let go of the GIL
 
 
 if __name__ == "__main__":

@@ -146,7 +146,7 @@ def test_all_arrives_and_is_counted(
         monkeypatch.setenv("ULTRALYTICS_HUB_API", server.url)
         account = deliver(rng, server, lambda: kind(config), batches)
     assert account.delivered + sum(account.skipped.values()) == sum(i.items for i in story.items)
-    assert len(server.models) <= 1 or account.maybe_duplicate
+    assert max(0, len(server.models) - 1) <= account.maybe_duplicate
     if not server.models:
         return
     model = list(server.models)[-1]

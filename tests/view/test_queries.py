@@ -522,6 +522,195 @@ class TestRun:
         assert (found.state, found.accounting.lost) == ("completed", 4)
 
 
+def paced(run: RunBuilder, n: int = 3, steps: int = 6, seconds: float = 0.1) -> Path:
+    """So many ranks, each with a row every so many seconds; rank 0 is a step behind the others."""
+    ranks = run.ranks(n)
+    for step in range(steps):
+        run.wait(seconds)
+        for rank in ranks:
+            if rank.rank or step < steps - 1:
+                rank.log({"loss": 1.0}, step)
+    return run.close()
+
+
+def idle(run: RunBuilder, seconds: dict[int, float], **told: Any) -> None:
+    """Serve a run whose ranks are heard, and last logged so many seconds ago."""
+    now = time.time_ns()
+    logged = {r: {"logged": now - int(s * 1e9), **told} for r, s in seconds.items()}
+    run.serve(now, told=logged)
+
+
+class TestStuckSilentGone:
+    """Heard but without progress, connected but not heard, not connected: three states."""
+
+    @pytest.fixture
+    def run(self, tmp_path: Path) -> RunBuilder:
+        return RunBuilder(tmp_path)
+
+    def test_stuck_others_go_on(self, run: RunBuilder) -> None:
+        """A rank that is heard and logs nothing is stuck, with its step; it counts as live."""
+        run_dir = paced(run)
+        idle(run, {1: 14.5})
+        found = look(run_dir)
+        assert [r.state for r in found.ranks] == ["live", "stuck", "live"]
+        assert (found.live_ranks, found.state) == (3, "running")
+        [problem] = found.problems
+        assert (problem.kind, problem.rank) == ("stuck", 1)
+        assert problem.text == (
+            "rank 1 (node-0, local 1) stuck at step 5 for 14 s: answers, but logs nothing; "
+            "others go on"
+        )
+
+    def test_all_stuck_names_who_is_behind(self, run: RunBuilder) -> None:
+        """When all are stuck, the one whose step is lower may be what all wait for."""
+        run_dir = paced(run)
+        idle(run, {0: 20.5, 1: 21.5, 2: 22.5})
+        assert texts(look(run_dir)) == [
+            "all ranks stuck at step 5 for 20 s: they answer, but log nothing; "
+            "rank 0 (node-0, local 0) behind, at step 4"
+        ]
+
+    def test_all_stuck_at_one_step_names_the_longest(self, run: RunBuilder) -> None:
+        """Without a lower step, named is the rank that logged nothing for longest."""
+        run_dir = paced(run)
+        idle(run, {0: 20.5, 1: 21.5, 2: 22.5}, step=5)
+        [text] = texts(look(run_dir))
+        assert text.endswith("; rank 2 (node-0, local 2) longest, 22 s")
+
+    def test_shown_within_fifteen_seconds(self, run: RunBuilder) -> None:
+        """A rank that made steps quickly is stuck 10 s after its last one, and not before."""
+        run_dir = paced(run)
+        idle(run, {1: 9.0})
+        assert look(run_dir).ranks[1].state == "live"
+        idle(run, {1: 11.0})
+        assert look(run_dir).ranks[1].state == "stuck"
+
+    def test_many_stuck_are_told_by_node(self, run: RunBuilder) -> None:
+        """Many stuck ranks of one node are one problem."""
+        ranks = run.ranks(16, nodes=2)
+        for step in range(6):
+            for rank in ranks:
+                rank.log({"loss": 1.0}, step)
+        run_dir = run.close()
+        idle(run, dict.fromkeys(range(8, 16), 20.5))
+        [text] = texts(look(run_dir))
+        assert text.startswith("ranks 8–15 (node-1) stuck at step 5 for 20 s: answers, but")
+
+    def test_slow_but_regular(self, run: RunBuilder) -> None:
+        """A step every 4 s may be late by several of its pauses."""
+        run_dir = paced(run, seconds=4)
+        idle(run, dict.fromkeys(range(3), 15.0))
+        assert [r.state for r in look(run_dir).ranks] == ["live"] * 3
+        idle(run, {1: 17.0})
+        assert look(run_dir).ranks[1].state == "stuck"
+
+    def test_several_rows_of_a_step_are_one_step(self, run: RunBuilder) -> None:
+        """What counts is the time between steps, not between the calls within one."""
+        rank = run.rank(0)
+        for step in range(6):
+            run.wait(4)
+            for key in ("loss", "lr", "seconds"):
+                rank.log({key: 1.0}, step)
+        run_dir = run.close()
+        idle(run, {0: 15.0})
+        assert look(run_dir).ranks[0].state == "live"
+
+    def test_a_long_pause_that_was_before(self, run: RunBuilder) -> None:
+        """Where evaluations took a minute, the next one is no hang either."""
+        rank = run.rank(0)
+        for step in range(100):
+            run.wait(60 if step == 50 else 0.1)
+            rank.log({"loss": 1.0}, step)
+        run_dir = run.close()
+        idle(run, {0: 80.0})
+        assert look(run_dir).ranks[0].state == "live"
+        idle(run, {0: 100.0})
+        assert look(run_dir).ranks[0].state == "stuck"
+
+    def test_the_first_steps_tell_nothing(self, run: RunBuilder) -> None:
+        """A rank that made too few steps to have a pace is never stuck."""
+        run_dir = paced(run, steps=2)
+        idle(run, dict.fromkeys(range(3), 900.0))
+        assert [r.state for r in look(run_dir).ranks] == ["live"] * 3
+
+    def test_a_clock_that_is_wrong(self, run: RunBuilder) -> None:
+        """A rank whose clock is an hour behind the gateway's is judged by the gateway's."""
+        run_dir = paced(run)
+        idle(run, dict.fromkeys(range(3), 3601.0), offset=3600.0)
+        assert [r.state for r in look(run_dir).ranks] == ["live"] * 3
+
+    def test_before_the_first_ping(self, run: RunBuilder) -> None:
+        """A backlog that is still on its way, as after an outage, is no hang."""
+        run_dir = paced(run)
+        idle(run, dict.fromkeys(range(3), 0.0), logged=None)
+        assert [r.state for r in look(run_dir).ranks] == ["live"] * 3
+
+    def test_a_missed_ping_is_not_called_stuck(self, run: RunBuilder) -> None:
+        """Of a rank that was last heard longer ago than a ping takes, nothing is known yet."""
+        run_dir = paced(run)
+        idle(run, {1: 14.0}, heard_ns=time.time_ns() - 8 * 10**9)
+        assert [r.state for r in look(run_dir).ranks] == ["live"] * 3
+
+    def test_work_after_the_last_step(self, run: RunBuilder) -> None:
+        """A rank that still saves when the others have finished is warned of as what is known,
+        and has not failed."""
+        run_dir = paced(run)
+        for life in run.lives[1:]:
+            life.end()
+        run.close()
+        idle(run, {0: 30.5})
+        found = look(run_dir)
+        assert found.state == "running"
+        assert texts(found) == [
+            "rank 0 (node-0, local 0) stuck at step 4 for 30 s: answers, but logs nothing; "
+            "the others have finished"
+        ]
+
+    def test_silent_but_connected(self, run: RunBuilder) -> None:
+        """A rank whose connection answers for it is stopped, or keeps the GIL."""
+        run_dir = paced(run)
+        run.serve(time.time_ns(), silent={1: 20.5}, told={1: {"link": "up"}})
+        found = look(run_dir)
+        assert [r.state for r in found.ranks] == ["live", "silent", "live"]
+        assert texts(found) == [
+            "rank 1 (node-0, local 1) silent for 20 s at step 5, still connected: stopped, or a C "
+            "call keeps the GIL; others go on"
+        ]
+
+    def test_not_connected_is_gone_at_once(self, run: RunBuilder) -> None:
+        """Without its connection a rank is gone, before three pings were missed."""
+        run_dir = paced(run)
+        told = {1: {"link": "gone", "silent": False}}
+        run.serve(time.time_ns(), silent={1: 7.5}, told=told)
+        found = look(run_dir)
+        assert [r.state for r in found.ranks] == ["live", "gone", "live"]
+        assert texts(found) == [
+            "rank 1 (node-0, local 1) gone for 7 s at step 5: not connected any more, so its "
+            "process or node is likely down or stopped; others go on"
+        ]
+
+    def test_all_wait_for_the_one_that_is_gone(self, run: RunBuilder) -> None:
+        """When the others are stuck behind a rank that is gone, that is one problem."""
+        run_dir = paced(run)
+        now = time.time_ns()
+        logged = {"logged": now - 30 * 10**9}
+        told = {0: logged, 1: {**logged, "link": "gone"}, 2: logged}
+        run.serve(now, silent={1: 28.5}, told=told)
+        [text] = texts(look(run_dir))
+        assert text.startswith(
+            "all ranks wait at step 5; rank 1 (node-0, local 1) gone longest, 28"
+        )
+
+    def test_nobody_is_left_to_wait(self, run: RunBuilder) -> None:
+        """Of ranks that are all gone none is said to wait."""
+        run_dir = paced(run)
+        told = {rank: {"link": "gone"} for rank in range(3)}
+        run.serve(time.time_ns(), silent=dict.fromkeys(range(3), 20.5), told=told)
+        found = look(run_dir)
+        assert [p.kind for p in found.problems] == ["gone"] * 3
+        assert not any("wait" in text or "go on" in text for text in texts(found))
+
+
 class TestGateway:
     """Does it answer?"""
 

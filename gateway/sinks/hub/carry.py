@@ -135,19 +135,19 @@ class HubSink:
     def _create(self, turn: Turn, request: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Make the model; its description is durable before anything is sent to it.
 
-        Neither protocol can be asked whether an unanswered request made one, so a second attempt
-        may make a second model, and is counted as that.
+        Neither protocol can be asked whether an unanswered request made one, so each further
+        attempt may make another model, and is counted as that.
         """
-        second = bool(turn.get("creating"))
-        turn.put_now("creating", True)
+        unanswered = int(turn.get("creating", 0))
+        turn.put_now("creating", unanswered + 1)
         try:
             model = request()
         except NoAnswer:
             raise
         except SinkError:
-            turn.put_now("creating", second)
+            turn.put_now("creating", unanswered)
             raise
-        turn.doubt(int(second))
+        turn.doubt(unanswered)
         turn.put_now("model", model)
         return model
 

@@ -89,6 +89,55 @@ def test_live_json_tells_of_each_stream(shell: Shell) -> None:
     assert [told[name] for name in names] == [3, "n1", 7, 9, 0.25, 12, False, 0]
 
 
+@pytest.mark.parametrize(
+    ("number", "link"), [(0, "up"), (errno.EAGAIN, "up"), (errno.EHOSTUNREACH, "gone")]
+)
+def test_the_connection_of_who_is_not_heard_is_tried(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, number: int, link: str
+) -> None:
+    """6 s after its last frame a stream is sent something; whether that goes out tells if it is
+    connected. Heard again, it is. The journal is told nothing of it."""
+    shell.hello(A)
+    shell.ping(A)
+    shell.now_ns += 5 * SECOND
+    shell.tick()
+    sent: list[bytes] = []
+
+    def send(self: NoSocket, parts: Any, flags: int, copy: bool) -> None:
+        sent.append(parts[0])
+        if number:
+            raise zmq.Again if number == errno.EAGAIN else zmq.ZMQError(number)
+
+    monkeypatch.setattr(NoSocket, "send_multipart", send)
+    before = shell.peers.streams[A].journal.durable_seq
+    shell.tick()
+    ticks = shell.peers.streams[A].journal.durable_seq - before
+    assert (sent, shell.live()[A.hex()]["link"]) == ([], "up")
+    shell.now_ns += 2 * SECOND
+    shell.tick()
+    assert (sent, shell.live()[A.hex()]["link"]) == ([A], link)
+    assert shell.peers.streams[A].journal.durable_seq - before == 2 * ticks
+    shell.ping(A)
+    shell.tick()
+    assert shell.live()[A.hex()]["link"] == "up"
+
+
+def test_a_stream_from_before_a_restart_has_no_known_connection(tmp_path: Path) -> None:
+    """Nobody knows which connection it had until it speaks again."""
+    first = Shell(tmp_path)
+    first.hello(A)
+    first.tick()
+    first.ingest.store.drop("r")
+    again = Shell(tmp_path)
+    again.peers.expect(again.now_ns, "r")
+    again.now_ns += 10 * SECOND
+    again.tick()
+    assert again.live()[A.hex()]["link"] == ""
+    for shell in (first, again):
+        shell.ingest.worker.start()
+        shell.ingest.worker.close()
+
+
 def test_two_live_processes_of_one_rank_are_told_with_both_pids(shell: Shell) -> None:
     """The older stream is tagged with the newer one and with how long both have been heard; after
     ten seconds that is a problem of the run, with host and pid of both."""
