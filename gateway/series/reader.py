@@ -14,6 +14,8 @@ import numpy.typing as npt
 from ..rules.project import TAIL_HEAD_COLUMNS
 from .db import fetch, open_reader
 
+Reach = dict[int, tuple[int, int]]  #: stream → its first and last number in a segment
+
 DTYPES = {"f8": np.dtype("<f8"), "i8": np.dtype("<i8"), "bool": np.dtype("<i8")}
 
 
@@ -143,6 +145,7 @@ class Reader:
         self.run_dir = run_dir
         self._db = open_reader((built_in or run_dir) / "series.db")
         self._inode = self._inode_now()
+        self._reaches: dict[tuple[int, int, int], Reach] = {}
 
     def close(self) -> None:
         self._db.close()
@@ -444,17 +447,35 @@ class Reader:
         expected = sum(last - first + 1 for _, first, last in wanted)
         if found < expected:
             # Newest first: what a sink wants is near the end, unless it replays.
-            for (ordinal,) in fetch(
+            for ordinal, n in fetch(
                 self._db,
-                "SELECT ordinal FROM segment WHERE keyset = ? ORDER BY ordinal DESC",
+                "SELECT ordinal, n FROM segment WHERE keyset = ? ORDER BY ordinal DESC",
                 (keyset,),
             ):
+                if not _meet(self._reach(keyset, ordinal, n), wanted):
+                    continue
                 block = self._chosen(self._segment_rows(keyset, ordinal, keys), wanted)
                 blocks.insert(0, block)
                 found += len(block)
                 if found >= expected:
                     break
         return np.concatenate(blocks)
+
+    def _reach(self, keyset: int, ordinal: int, n: int) -> Reach:
+        """What a segment holds, remembered: a replay asks for one stretch after the other."""
+        found = self._reaches.get((keyset, ordinal, n))
+        if found is None:
+            [(streams, offsets, seq)] = fetch(
+                self._db,
+                "SELECT streams, offsets, seq FROM segment WHERE keyset = ? AND ordinal = ?",
+                (keyset, ordinal),
+            )
+            starts, numbers = np.frombuffer(offsets, "<u4"), np.frombuffer(seq, "<i8")
+            lasts = np.append(starts[1:], n).astype(np.int64) - 1
+            spans = zip(numbers[starts].tolist(), numbers[lasts].tolist(), strict=True)
+            found = dict(zip(np.frombuffer(streams, "<u4").tolist(), spans, strict=True))
+            self._reaches[keyset, ordinal, n] = found
+        return found
 
     @staticmethod
     def _chosen(
@@ -540,6 +561,14 @@ class Reader:
         ):  # fmt: skip
             for row in fetch(db, f"SELECT * FROM {table} ORDER BY {order}"):  # noqa: S608
                 yield table, row
+
+
+def _meet(reach: Reach, wanted: list[tuple[int, int, int]]) -> bool:
+    nothing = (1, 0)
+    return any(
+        first <= reach.get(stream, nothing)[1] and last >= reach.get(stream, nothing)[0]
+        for stream, first, last in wanted
+    )
 
 
 def _media_row(row: tuple[Any, ...]) -> MediaRow:

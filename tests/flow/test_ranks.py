@@ -48,7 +48,7 @@ def test_without_a_gateway_nothing_is_lost(tmp_path: Path) -> None:
 def test_a_gateway_killed_and_started_again(tmp_path: Path) -> None:
     """SIGKILL of the whole gateway in mid-run loses and doubles nothing."""
     with Job(tmp_path) as job:
-        ranks = [job.rank(r, 2, 300, "finish", 0.01) for r in range(2)]
+        ranks = [job.rank(r, 2, 800, "finish", 0.01) for r in range(2)]
         wait_until(lambda: (job.data / "runs/r1/series.db").exists(), what="a first projection")
         job.stop_gateway(signal.SIGKILL)
         assert all(r.poll() is None for r in ranks)

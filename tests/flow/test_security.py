@@ -260,7 +260,7 @@ def test_without_encryption_the_same_strangers_do_get_in(tmp_path: Path) -> None
         raw_blobs(address, random.Random(1), 40)
         assert knocking_links(address, "", 1.0) > 0
         wait_until(lambda: "hostile" in runs(job), what="the stranger's run")
-        assert "NOT ENCRYPTED" in output(job)
+        wait_until(lambda: "NOT ENCRYPTED" in output(job), what="the loud word")
 
 
 # --- a key of one run ----------------------------------------------------------------------------

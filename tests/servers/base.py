@@ -64,7 +64,7 @@ class StandIn:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.requests: list[tuple[str, str, int]] = []  #: (method, path, status), status 0 = cut
-        self.answering = 0  #: requests that have come and are not answered yet
+        self.answering: set[int] = set()  #: clients' ports whose request is not answered yet
         self.latency_seconds = 0.0  #: of each answer: half before it is carried out, half after
         self._faults: list[Fault] = []
         outer = self
@@ -77,13 +77,7 @@ class StandIn:
                 pass
 
             def _serve(self) -> None:
-                with outer.lock:
-                    outer.answering += 1
-                try:
-                    outer._serve(self)
-                finally:
-                    with outer.lock:
-                        outer.answering -= 1
+                outer._serve(self)
 
             do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _serve
 
@@ -165,8 +159,18 @@ class StandIn:
         query = {k: v[-1] for k, v in parse_qs(parts.query, keep_blank_values=True).items()}
         headers = {k.lower(): v for k, v in handler.headers.items()}
         request = Request(handler.command, parts.path, query, headers, body)
+        port = handler.client_address[1]
         with self.lock:
-            fault = self._take_fault(parts.path)
+            self.answering.add(port)
+        try:
+            self._answer_to(handler, request)
+        finally:
+            with self.lock:
+                self.answering.discard(port)
+
+    def _answer_to(self, handler: BaseHTTPRequestHandler, request: Request) -> None:
+        with self.lock:
+            fault = self._take_fault(request.path)
         if fault and fault.mode == "delay":
             time.sleep(fault.seconds)
             fault = None

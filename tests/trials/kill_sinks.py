@@ -34,10 +34,12 @@ from .sinks_rank import EPOCH_STEPS, FILE_STEPS, PARAM_STEPS, TEXT_STEPS
 
 SINKS = ("clearml", "neptune", "hub")
 RUNS, STEPS = 5, 400  #: of a round, and of each run
-PAUSE_SECONDS = 0.08  #: of a rank, after each step
+PAUSE_SECONDS = 0.2  #: of a rank, after each step
 ROUND_KILLS = 50  #: the supervisor waits ever longer before it starts a sink again
 PACE_SECONDS = 0.6
+REQUEST_SECONDS = 2.0  #: until a sink has something to send
 LATENCY_SECONDS = 0.04  #: of every answer, so that kills find requests on their way
+FAULTY = {"clearml": "add_batch", "neptune": "operations", "hub": "."}  #: what goes wrong
 FAULTS = ("apply_then_cut", "apply_then_cut", "cut", "status")
 
 
@@ -112,25 +114,36 @@ class Round:
         found = [(pid, name) for pid in self.job.gateway_pids() if (name := _sink_of(pid))]
         if not found:
             return
-        talking = [one for one in found if _talks(one[0])]  # others import their package still
-        if talking and self._rng.random() < 0.8:
-            found = talking
+        carefully = self._rng.random() < 0.8
+        if carefully:  # not one that imports its package still
+            found = [one for one in found if ports(one[0])]
+            if not found:
+                return
         pid, name = self._rng.choice(sorted(found))
         server = self.servers[name]
-        if self._rng.random() < 0.7:
-            if self._rng.random() < 0.3:
-                server.fail(".", mode=self._rng.choice(FAULTS), times=self._rng.randint(1, 2))
-            deadline = time.monotonic() + 1.0
-            while not server.answering and time.monotonic() < deadline:
-                time.sleep(0.002)
+        if carefully:
+            self._wait_for_request(pid, server)
+            if self._rng.random() < 0.5:
+                server.fail(FAULTY[name], mode=self._rng.choice(FAULTS), times=1)
+                self._wait_for_request(pid, server)
             time.sleep(self._rng.uniform(0, LATENCY_SECONDS))
-        answering = server.answering
+        with server.lock:
+            caught = bool(server.answering & ports(pid))
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             return
         self.kills[name] += 1
-        self.in_request += answering > 0
+        self.in_request += caught
+
+    @staticmethod
+    def _wait_for_request(pid: int, server: StandIn) -> None:
+        """Until the server has one of this process's, or it seems to have none."""
+        deadline = time.monotonic() + REQUEST_SECONDS
+        while time.monotonic() < deadline:
+            if server.answering & ports(pid):
+                return
+            time.sleep(0.002)
 
     # --- reading back --------------------------------------------------------
 
@@ -253,13 +266,14 @@ def _sink_of(pid: int) -> str:
     return next((name for name in SINKS if name in words and "sink" in words), "")
 
 
-def _talks(pid: int) -> bool:
-    """Has this process a connection?"""
+def ports(pid: int) -> set[int]:
+    """This machine's ports of a process's connections."""
     try:
-        names = [str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()]
+        names = {str(fd.readlink()) for fd in Path(f"/proc/{pid}/fd").iterdir()}
     except OSError:
-        return False
-    return any(name.startswith("socket:") for name in names)
+        return set()
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return {int(row[1].split(":")[1], 16) for row in rows if f"socket:[{row[9]}]" in names}
 
 
 class Findings:

@@ -12,7 +12,7 @@ from pathlib import Path
 import rank_client
 
 EPOCH_STEPS = 10
-TEXT_STEPS = 5
+TEXT_STEPS = 2
 PARAM_STEPS = 40
 FILE_STEPS = 60
 

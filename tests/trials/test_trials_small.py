@@ -31,7 +31,7 @@ def test_kills(tmp_path: Path, seed: int) -> None:
 
 def test_kills_of_sinks(tmp_path: Path, seed: int) -> None:
     """Sinks die while they deliver: every item is in its backend once."""
-    found = kill_sinks.attempt(tmp_path, seed, kills=6, seconds=60, runs=2, steps=120)
+    found = kill_sinks.attempt(tmp_path, seed, kills=6, seconds=60, runs=2, steps=80)
     assert found["broken"] == []
     assert sum(found["kills"].values()) > 0
 
