@@ -289,6 +289,7 @@ class RankPart:
         if self.life.alive:
             self._forget_memory()
             self.life.refused = sum(self.spool.refused.values())
+            self.life.trimmed = max(self.life.trimmed, self.spool.first_kept - 1)
             self._gone()
 
     def _gone(self) -> None:
