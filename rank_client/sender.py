@@ -21,7 +21,7 @@ from .wire.session import ClientSession
 TICK_SECONDS = 0.02
 TICK_MAX_SECONDS = 0.2
 FEW_RECORDS = 16  #: found by a tick: too few to be worth a shorter one
-CLOSING_TICK_SECONDS = 0.005
+CLOSING_TICK_SECONDS = 0.02
 SYNC_SECONDS = 1.0
 ABSENT_WARN_SECONDS = 10.0
 START_RETRY_SECONDS = 0.5
@@ -162,7 +162,9 @@ class Sender:
             found, last = self._spool.last - last, self._spool.last
             many = found > FEW_RECORDS or waiting
             tick = TICK_SECONDS if many else min(tick * 1.5, TICK_MAX_SECONDS)
-            if self._closing.is_set():
+            if self._closing.is_set() and link:
+                link.wait(CLOSING_TICK_SECONDS)  # what is left to do, an answer allows
+            elif self._closing.is_set():
                 self._stop.wait(CLOSING_TICK_SECONDS)
             elif link and self.session.blocked:
                 link.wait(tick)  # only an answer lets us go on
