@@ -208,7 +208,7 @@ class Reader:
         return fetch(self._db, "SELECT id, name, type FROM key ORDER BY name, type")
 
     def texts(
-        self, after: tuple[int, int, int] = (0, -1, -1), limit: int = -1
+        self, after: tuple[int, int, int] = (-(1 << 63), -1, -1), limit: int = -1
     ) -> list[tuple[int, int, int, int | None, str, str]]:
         """(stream, seq, wall_ns, step, level, text) by wall time, after (wall, stream, seq)."""
         return fetch(

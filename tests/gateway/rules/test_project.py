@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gateway.rules import project as projection
@@ -505,6 +505,7 @@ HELLO = st.dictionaries(
     hello=HELLO,
     kind=st.sampled_from(["live", "replay", "tool", "worker"]),
 )
+@example(records=[(Kind.TEXT, {"w": -1}, True)], hello={}, kind="live")  # a clock before 1970
 def test_nothing_a_rank_says_stops_the_rules(
     records: list[tuple[int, dict[str, Any], bool]], hello: dict[str, Any], kind: str
 ) -> None:
