@@ -91,6 +91,8 @@ class Rows:
             if spool.watchful and not spool.admit("metrics"):
                 return True
             while True:
+                untold = packer.untold
+                before = untold.pack(spool.last + 1) if untold else b""
                 turn = spool.begin()
                 try:
                     packer.into(
@@ -98,8 +100,6 @@ class Rows:
                         step, wall_ns, monotonic_ns(), *v,
                     )  # fmt: skip
                     _CRC(buf, 0, crc32(packer.tail))
-                    untold = packer.untold
-                    before = untold.pack(spool.last + 1) if untold else b""
                     done = spool.append(turn, buf, before)
                 except (struct.error, OverflowError):
                     spool.abandon(turn)
