@@ -36,7 +36,7 @@ _ROW = int(Kind.ROW)
 class _Packer:
     """A schema's ready-made row: buffer, its view without the checksum, and the packing call."""
 
-    __slots__ = ("buf", "id", "into", "size", "tail", "untold")
+    __slots__ = ("before", "buf", "id", "into", "size", "tail")
 
     def __init__(self, schema: Schema) -> None:
         codes = "".join(COLUMN_CODES[t] for t in schema.types)
@@ -45,7 +45,7 @@ class _Packer:
         self.buf = bytearray(self.size)
         self.tail = memoryview(self.buf)[4:]
         self.into = struct.Struct(f"<IQBBHIqqq{codes}").pack_into
-        self.untold: Schema | None = schema  # until a row has brought its own record along
+        self.before = schema.pack(0)  # its own record, until a row has brought it along
 
 
 class Rows:
@@ -91,8 +91,6 @@ class Rows:
             if spool.watchful and not spool.admit("metrics"):
                 return True
             while True:
-                untold = packer.untold
-                before = untold.pack(spool.last + 1) if untold else b""
                 turn = spool.begin()
                 try:
                     packer.into(
@@ -100,6 +98,7 @@ class Rows:
                         step, wall_ns, monotonic_ns(), *v,
                     )  # fmt: skip
                     _CRC(buf, 0, crc32(packer.tail))
+                    before = packer.before
                     done = spool.append(turn, buf, before)
                 except (struct.error, OverflowError):
                     spool.abandon(turn)
@@ -109,8 +108,8 @@ class Rows:
                     raise
                 if done is not None:
                     break
-            if done and untold:
-                packer.untold = None
+            if done and before:
+                packer.before = b""
         self.last_step = step
         self.last_log_ns = wall_ns
         return True
