@@ -23,7 +23,7 @@ import msgspec
 
 from rank_client import sweep
 from rank_client.rendezvous import clean_environment, gateway_command
-from rank_client.spool import spool_root
+from rank_client.spool_place import spool_root
 from rank_client.wire.records import BadRecord, read_head, unpack_map
 
 from . import parent

@@ -12,25 +12,26 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from . import exits, identity
-from .images import figure_bytes, image_maker, table_bytes
+from .arguments import check, fitting
+from .files import Files
+from .images import figure_bytes, table_bytes
 from .link import Link, connect
-from .media import INLINE_COPY_BYTES, MediaSender, copy_unchanged, snapshot
+from .media import MediaSender
 from .redact import Redactor
 from .rendezvous import data_dir, ipc_address
 from .rows import Rows
 from .sender import Sender, jitter, new_stream_id
-from .spool import Spool, spool_root, spool_share
+from .spool import Spool
+from .spool_place import older_streams, spool_dir, spool_root, spool_share
 from .sweep import Neighbours
 from .values import flatten, plain
-from .wire.frames import MAX_HELLO_BYTES
-from .wire.keys import valid_run_id
 from .wire.records import Kind
 from .wire.session import ClientSession
 
@@ -77,8 +78,8 @@ class Run:
         self._data_dir = data_dir(environ)
         self._address = gateway or environ.get("RANKGATE_ADDR")
         self._online = mode == "live"
-        run_dir = _spool_dir(environ, run_id, self._warn)
-        earlier = _older(run_dir)
+        run_dir = spool_dir(environ, run_id, self._warn)
+        earlier = older_streams(run_dir)
         directory = f"{run_dir}/{self.stream}" if run_dir else None
         hello = {
             "kind": "live",
@@ -105,6 +106,7 @@ class Run:
             self._warn,
             redactor.text,
         )
+        self._files = Files(self._media, redactor)
         self._sender = Sender(
             session,
             self._spool,
@@ -191,14 +193,14 @@ class Run:
 
     def log_image(self, key: str, image: Any, step: int | None = None) -> None:
         """Log a picture: an array, a tensor, a PIL image, or the path of a file."""
-        self._guard("log_image", lambda: self._image(key, image, step))
+        self._guard("log_image", lambda: self._files.add_image(key, image, step))
 
     def log_figure(self, key: str, figure: Any, step: int | None = None) -> None:
         """Log a matplotlib figure (drawn now, as PNG) or a plotly figure (as its JSON)."""
 
         def make() -> None:
             data, ending = figure_bytes(figure)
-            self._add_bytes("figure", key, ending, data, step)
+            self._files.add_bytes("figure", key, ending, data, step)
 
         self._guard("log_figure", make)
 
@@ -206,14 +208,12 @@ class Run:
         """Log a table: a list of dicts, a list of lists, or a DataFrame."""
         self._guard(
             "log_table",
-            lambda: self._add_bytes("table", key, ".table.json", table_bytes(rows), step),
+            lambda: self._files.add_bytes("table", key, ".table.json", table_bytes(rows), step),
         )
 
     def log_file(self, path: str | os.PathLike[str], name: str | None = None) -> None:
         """Log a file as it is now; it may be rewritten or deleted afterwards."""
-        self._guard(
-            "log_file", lambda: self._add_file("file", Path(path), name, None, {}, wait=False)
-        )
+        self._guard("log_file", lambda: self._files.add_file("file", Path(path), name=name))
 
     def log_checkpoint(
         self,
@@ -230,78 +230,13 @@ class Run:
         def make() -> None:
             values = dict(self._plain(metrics or {}))
             meta = {"best": bool(best), "final": bool(final), "metrics": values}
-            self._add_file("checkpoint", Path(path), None, step, meta, wait)
+            self._files.add_file("checkpoint", Path(path), step=step, meta=meta, wait=wait)
 
         self._guard("log_checkpoint", make)
 
     def should_stop(self) -> bool:
         """True once a backend or a person has asked to stop; rankgate itself never stops you."""
         return not self._dead and self._sender.session.stop
-
-    # --- files ---------------------------------------------------------------
-
-    def _image(self, key: str, image: Any, step: int | None) -> None:
-        if isinstance(image, str | os.PathLike):
-            path = Path(image)
-            self._add_file("image", path, None, step, {}, wait=False, key=key)
-            return
-        self._add("image", key, ".png", step, {}, image_maker(image), now=False)
-
-    def _add_file(
-        self,
-        what: str,
-        path: Path,
-        name: str | None,
-        step: int | None,
-        meta: dict[str, Any],
-        wait: bool,
-        key: str | None = None,
-    ) -> None:
-        path = path.absolute()
-        size = path.stat().st_size  # raises when there is no such file: nothing is logged
-        if not path.is_file():
-            raise ValueError(f"{path} is not a regular file")
-        name = name or path.name
-        body = {"what": what, "key": key or name, "name": name, "s": step, "meta": meta}
-
-        def make(target: Path) -> None:
-            if not snapshot(path, target):
-                copy_unchanged(path, target)
-
-        def clone(target: Path) -> None:
-            if not snapshot(path, target):
-                raise NotImplementedError
-
-        inline = wait or size <= INLINE_COPY_BYTES
-        try:
-            self._add_body(body, make if inline else clone, now=True)
-        except NotImplementedError:
-            self._add_body(body, lambda target: copy_unchanged(path, target), now=False)
-
-    def _add_bytes(self, what: str, key: str, ending: str, data: bytes, step: int | None) -> None:
-        def make(target: Path) -> None:
-            target.write_bytes(data)
-
-        self._add(what, key, ending, step, {}, make, now=True)
-
-    def _add(
-        self,
-        what: str,
-        key: str,
-        ending: str,
-        step: int | None,
-        meta: dict[str, Any],
-        make: Callable[[Path], None],
-        now: bool,
-    ) -> None:
-        name = self._clean.key(key).replace("/", "_") + ending
-        body = {"what": what, "key": key, "name": name, "s": step, "meta": meta}
-        self._add_body(body, make, now)
-
-    def _add_body(self, body: dict[str, Any], make: Callable[[Path], None], now: bool) -> None:
-        body["key"], body["name"] = self._clean.key(body["key"]), self._clean.key(body["name"])
-        body["w"] = time.time_ns()
-        self._media.add(body, make, now)
 
     # --- the end -------------------------------------------------------------
 
@@ -504,7 +439,7 @@ def init(
     multiprocessing child (a DataLoader worker) it gives a run that does nothing, unless `rank` is
     given. See the README for the environment variables.
     """
-    _check(project, name, run, config, tags, gateway, rank, local_rank, world_size)
+    check(project, name, run, config, tags, gateway, rank, local_rank, world_size)
     environ = os.environ
     mode = environ.get("RANKGATE_MODE") or "live"
     if mode not in MODES:
@@ -523,7 +458,7 @@ def init(
             **identity.attributes(environ, where),
             "project": redactor.key(project or environ.get("RANKGATE_PROJECT") or "default"),
             "name": redactor.key(name) if name else "",
-            "tags": _fitting([redactor.key(t) for t in tags]),
+            "tags": fitting([redactor.key(t) for t in tags]),
         }
         made = Run(run_id, where, about, environ, gateway, mode, redactor)
     except Exception as error:  # no thread, no descriptor: the training goes on without a log
@@ -544,64 +479,6 @@ def _tell_child() -> None:
     )
 
 
-def _fitting(tags: list[str]) -> list[str]:
-    """The first ones that HELLO has room for: a HELLO that is too long would be refused."""
-    room = MAX_HELLO_BYTES // 2
-    out: list[str] = []
-    for tag in tags:
-        room -= len(tag.encode())
-        if room < 0:
-            log.warning("rankgate: only the first %d of %d tags are kept", len(out), len(tags))
-            break
-        out.append(tag)
-    return out
-
-
-def _check(
-    project: Any, name: Any, run: Any, config: Any, tags: Any, gateway: Any, *numbers: Any
-) -> None:
-    for label, value in (("project", project), ("name", name), ("run", run), ("gateway", gateway)):
-        if value is not None and not isinstance(value, str):
-            raise ValueError(f"{label} must be a string, not {type(value).__name__}")
-    if run is not None and not valid_run_id(run):
-        raise ValueError(f"run must match [A-Za-z0-9._-]{{1,64}}, and {run!r} does not")
-    if config is not None and not isinstance(config, Mapping):
-        raise ValueError(f"config must be a dict, not {type(config).__name__}")
-    listed = isinstance(tags, Collection) and not isinstance(tags, str)
-    if not listed or not all(isinstance(t, str) for t in tags):
-        raise ValueError("tags must be a list of strings")
-    for label, value in zip(("rank", "local_rank", "world_size"), numbers, strict=True):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ValueError(f"{label} must be an integer, not {type(value).__name__}")
-
-
-def _spool_dir(
-    environ: Mapping[str, str], run_id: str, warn: Callable[[str, str], None]
-) -> str | None:
-    """The run's directory in the spool, this user's alone; None when it cannot be had."""
-    root = spool_root(environ)
-    try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if root.lstat().st_uid != os.getuid():
-            warn("spool", f"{root} belongs to somebody else; logs are kept in memory only")
-            return None
-        (root / run_id).mkdir(mode=0o700, exist_ok=True)
-    except OSError as error:
-        warn("spool", f"cannot write {root} ({error.strerror}); logs are kept in memory only")
-        return None
-    return str(root / run_id)
-
-
 def _remote(address: str | None) -> bool:
     """May the gateway be on another node, where it does not see our spool?"""
     return bool(address) and str(address).startswith("tcp://")
-
-
-def _older(run_dir: str | None) -> list[bytes]:
-    """Streams of this run that this node has seen: what an adopted life is ordered by."""
-    if run_dir is None:
-        return []
-    try:
-        return sorted(bytes.fromhex(n) for n in os.listdir(run_dir) if len(n) == 32)[:256]
-    except (OSError, ValueError):
-        return []

@@ -19,12 +19,13 @@ from .wire.keys import BadKey
 from .wire.session import ClientSession
 
 TICK_SECONDS = 0.02
-TICK_MAX_SECONDS = 0.2
+TICK_MAX_SECONDS = 0.5  #: each waking costs as much as five calls of `log`
 FEW_RECORDS = 16  #: found by a tick: too few to be worth a shorter one
 CLOSING_TICK_SECONDS = 0.02
 SYNC_SECONDS = 1.0
 ABSENT_WARN_SECONDS = 10.0
 START_RETRY_SECONDS = 0.5
+CONNECT_RETRY_SECONDS = 1.0  #: a handshake costs milliseconds of processor time
 STUCK_SECONDS = 2.0  #: a link that takes nothing for so long has nobody at its end
 START_RETRY_MAX_SECONDS = 60.0
 
@@ -112,7 +113,7 @@ class Sender:
     # --- the thread ----------------------------------------------------------
 
     def _run(self) -> None:
-        pause = TICK_MAX_SECONDS
+        pause = CONNECT_RETRY_SECONDS
         while not self._stop.is_set() and self.session.state != "closed":
             try:
                 self._loop()
@@ -129,7 +130,7 @@ class Sender:
     def _carry_on(self, stack: ExitStack) -> None:
         link: Link | None = None
         carrier: Carrier | None = None
-        connect_at, connect_pause = 0.0, TICK_MAX_SECONDS
+        connect_at, connect_pause = 0.0, CONNECT_RETRY_SECONDS
         tick, last, synced = TICK_SECONDS, self._spool.last, time.monotonic()
         start_at, start_pause = synced, START_RETRY_SECONDS
         stack.callback(lambda: link.close() if link else None)

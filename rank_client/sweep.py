@@ -19,10 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .counts import read_counts
 from .link import Link
 from .media import send_file
 from .sender import Carrier, Warn, jitter
-from .spool import SPOOL_KEEP_BYTES, own_spools, read_counts
+from .spool import own_spools
+from .spool_place import SPOOL_KEEP_BYTES
 from .wire.disk import Disk, OsDisk
 from .wire.keys import Key, key_of
 from .wire.records import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -12,9 +13,12 @@ from typing import Any
 from .identity import agent, boot_id
 from .link import Link
 from .sender import Carrier, jitter, new_stream_id
-from .spool import Spool, spool_root
+from .spool import Spool
+from .spool_place import spool_dir
 from .wire.records import Kind
 from .wire.session import ClientSession
+
+log = logging.getLogger("rankgate")
 
 
 def tell_exit(
@@ -40,8 +44,8 @@ def tell_exit(
         "pid": os.getpid(),
         "rank": -1,
     }
-    directory = spool_root(environ) / run / stream.hex()
-    spool = Spool(str(directory), {"stream": stream, **hello})
+    run_dir = spool_dir(environ, run, lambda _, text: log.warning("rankgate: %s", text))
+    spool = Spool(run_dir and f"{run_dir}/{stream.hex()}", {"stream": stream, **hello})
     status = "completed" if code == 0 else "failed"
     spool.append_map(Kind.END, {"status": status, "text": "", "code": code, "w": time.time_ns()})
     session = ClientSession(stream, lambda: hello, spool, jitter)
@@ -55,8 +59,9 @@ def tell_exit(
     link.close()
     spool.close()
     try:
-        if session.state == "closed" and directory.is_dir():
-            (directory / "done").write_text(f"{(session.journal or b'').hex()} {session.durable}\n")
+        if session.state == "closed" and spool.directory and Path(spool.directory).is_dir():
+            note = f"{(session.journal or b'').hex()} {session.durable}\n"
+            (Path(spool.directory) / "done").write_text(note)
     except OSError:
         pass  # it is shipped once more, and dropped as a duplicate
     return session.state == "closed"

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from rank_client import sweep
-from rank_client.spool import spool_root
+from rank_client.spool_place import spool_root
 
 from .. import attach
 from ..errors import NotServed

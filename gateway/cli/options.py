@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from rank_client.spool import spool_root
+from rank_client.spool_place import spool_root
 
 from ..config import Config, load
 from ..errors import BadConfig

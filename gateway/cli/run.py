@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from rank_client import sweep
-from rank_client.spool import spool_root
+from rank_client.spool_place import spool_root
 from rank_client.tool import tell_exit
 from rank_client.wire.keys import key_of
 

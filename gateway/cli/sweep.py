@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from rank_client import sweep
-from rank_client.spool import spool_root
+from rank_client.spool_place import spool_root
 from rank_client.wire.keys import BadKey, key_of
 
 from .. import attach

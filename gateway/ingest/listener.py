@@ -29,7 +29,8 @@ from ..journal.writer import Journal, JournalDamaged, SyncFailed
 from ..rules.gate import Gate
 from .admission import KEYS_DIR, PEER_PREFIX, Guarded, self_test, server_public
 from .limits import Limits, Watch
-from .peers import FULL_ERRNOS, Peers, Reply, Stream
+from .peers import FULL_ERRNOS, Peers, Reply
+from .streams import Stream
 from .worker import Worker
 
 COMMIT_SECONDS = 0.01

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from rank_client.wire import frames
 from rank_client.wire.disk import Disk
 from rank_client.wire.frames import BadFrame, Code, Type
-from rank_client.wire.keys import valid_run_id
-from rank_client.wire.records import MAX_DEPTH, BadRecord, Kind, check_nesting
+from rank_client.wire.records import Kind
 
 from ..journal.writer import Journal, JournalDamaged, Mark
+from .hello import SPEAKS, Rejected, check_hello, check_same, had_more, refusals
 from .media import BadBlob, Blob, BlobLost, Job, Verb
+from .streams import ABOUT, PROGRESS, Arriving, Stream, told
+from .strikes import STRIKE_PAUSE_SECONDS, STRIKES, Strikes
 
 CREDIT_FLOOR_BYTES = 8 << 10
 CREDIT_TOP_BYTES = 4 << 20
@@ -31,20 +31,9 @@ PENDING_TOP_BYTES = 1 << 20  #: of entries that wait for room, when the disk is 
 UNHEARD_NS = 6 * 10**9  #: a ping missed: is it connected at all?
 SILENT_NS = 15 * 10**9  #: three pings missed
 GONE_NS = 75 * 10**9  #: 60 s of ticks after that the rules call it lost; then it is forgotten here
-MAX_NUMBER = 1 << 62  #: sums of numbers still fit the 64 bits of a column
 MAX_STREAMS = 1 << 16  #: of a run: the table that opens a journal segment holds no more
-STRIKES = 20  #: bad frames of one peer within STRIKE_NS, after which it has to pause
-STRIKE_NS = 60 * 10**9
-STRIKE_PAUSE_SECONDS = 30
-STRUCK_PEERS = 4096  #: so many are remembered
 RETRY_SECONDS = 5  #: after a rejection that may pass
-HELLO_KINDS = ("live", "replay", "tool", "worker", "blob")
 FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-
-#: What is kept of HELLO and PING, for live.json; a peer may say anything, at any length.
-ABOUT = ("rank", "node", "local_rank", "pid")
-PROGRESS = ("last", "step", "logged", "refused", "bad", "volatile", "offset")
-TOLD_CHARACTERS = 256
 
 Reply = tuple[bytes, bytes]  #: (peer, frame)
 
@@ -56,62 +45,6 @@ class Runs(Protocol):
     def disk(self) -> Disk: ...
     def journal(self, run: str) -> Journal: ...
     def directory(self, run: str) -> Path: ...
-
-
-@dataclass(slots=True, eq=False)
-class Arriving:
-    """A file on its way. `taken` chunks were handed to the disk's thread, `written` of them are
-    there; `refs` are the records that wait for it."""
-
-    blob: Blob
-    state: str = "opening"  #: opening | open | finishing | whole
-    taken: int = 0
-    written: int = 0
-    refs: list[tuple[bytes, int]] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class Stream:
-    """What is known of one sender while this gateway lives."""
-
-    id: bytes
-    run: str
-    kind: str
-    journal: Journal
-    peer: bytes
-    heard_ns: int
-    opened_ns: int = 0  #: its first HELLO in this life of the gateway
-    durable: int = 0
-    silent: bool = False
-    link: str = ""  #: its connection: up | gone, or not known; for display only
-    ended: bool = False
-    dropped: bool = False  #: data came that we had no room for
-    changed: bool = False  #: another journal had acknowledged it
-    nonce: Any = None  #: of its last HELLO
-    welcome_ns: int = 0  #: when it said HELLO, while the answer waits for a commit
-    file: Arriving | None = None
-    bye_peer: bytes | None = None
-    about: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(ABOUT))
-    progress: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(PROGRESS))
-
-    @property
-    def high_water(self) -> int:
-        """The last number that was taken."""
-        return self.file.taken if self.file else self.journal.streams[self.id].high_water
-
-    @property
-    def stored(self) -> int:
-        """The last number that is on disk once the journal is committed."""
-        return self.file.written if self.file else self.journal.streams[self.id].high_water
-
-
-@dataclass(slots=True)
-class Struck:
-    """A peer's bad frames; while `pause` it is not listened to."""
-
-    n: int
-    since_ns: int
-    pause: bool = False
 
 
 class Peers:
@@ -148,7 +81,7 @@ class Peers:
         self._tell: dict[bytes, Stream] = {}  # whose credit has changed
         self._finished: list[Stream] = []
         self._changed: list[Stream] = []  # of which no tick has told yet
-        self._struck: dict[bytes, Struck] = {}
+        self.strikes = Strikes()
 
     # --- room ----------------------------------------------------------------
 
@@ -205,7 +138,7 @@ class Peers:
 
     def receive(self, now_ns: int, peer: bytes, frame: bytes, out: list[Reply]) -> None:
         """Take one frame; immediate answers go to `out`. What is no frame is counted, dropped."""
-        if self._struck and self._pausing(now_ns, peer):
+        if self.strikes.struck and self.strikes.pausing(now_ns, peer):
             self.count("dropped: too many bad frames")
             return
         try:
@@ -227,7 +160,7 @@ class Peers:
             return
         self._heard(stream, now_ns, peer)
         if type_ == Type.PING:
-            stream.progress = _told(message.body, PROGRESS)
+            stream.progress = told(message.body, PROGRESS)
             body = {**self._ack_body(stream), "t": message.body.get("t"), "now": now_ns}
             out.append((peer, self._frame(Type.PONG, stream, body)))
         elif type_ == Type.BYE:
@@ -243,7 +176,7 @@ class Peers:
             type_ = frames.type_of(frame)
         except BadFrame as error:
             if hello and str(error) == "version":
-                self._reject(peer, stream, Code.VERSION, _SPEAKS, out)
+                self._reject(peer, stream, Code.VERSION, SPEAKS, out)
             raise
         if hello and len(frame) > frames.COMMON_BYTES + frames.MAX_HELLO_BYTES:
             text = f"a HELLO of more than {frames.MAX_HELLO_BYTES >> 10} KiB: use fewer tags"
@@ -290,27 +223,11 @@ class Peers:
         """Count a frame that is none. A peer that sends many has to pause, and its streams are
         told: whatever its bug, the others must not pay for it."""
         self.count(f"bad frame: {reason}")
-        struck = self._struck.get(peer)
-        if struck is None or not 0 <= now_ns - struck.since_ns < STRIKE_NS:
-            if len(self._struck) >= STRUCK_PEERS:
-                del self._struck[next(iter(self._struck))]
-            struck = self._struck[peer] = Struck(0, now_ns)
-        struck.n += 1
-        if struck.n < STRIKES:
+        if not self.strikes.add(now_ns, peer):
             return
-        struck.pause, struck.since_ns = True, now_ns
         text = f"{STRIKES} bad frames within a minute, the last one: {reason}"
         for stream in [s for s in self.streams.values() if s.peer == peer]:
             self._reject(peer, stream.id, Code.STRIKES, text, out, STRIKE_PAUSE_SECONDS)
-
-    def _pausing(self, now_ns: int, peer: bytes) -> bool:
-        struck = self._struck.get(peer)
-        if struck is None or not struck.pause:
-            return False
-        if 0 <= now_ns - struck.since_ns < STRIKE_PAUSE_SECONDS * 10**9:
-            return True
-        del self._struck[peer]
-        return False
 
     # --- hello and bye -------------------------------------------------------
 
@@ -320,13 +237,13 @@ class Peers:
         body, id_ = message.body, message.stream
         nonce = body.get("nonce")
         try:
-            _check_hello(body)
+            check_hello(body)
             stream = self.streams.get(id_)
             new = stream is None
             if stream is None:
                 stream = self._new_stream(now_ns, peer, id_, body)
-            _check_same(stream, body)
-        except _Rejected as error:
+            check_same(stream, body)
+        except Rejected as error:
             self._reject(peer, id_, error.code, str(error), out, error.retry_seconds, nonce)
             return
         except OSError as error:
@@ -335,16 +252,16 @@ class Peers:
             return
         self._heard(stream, now_ns, peer)
         stream.kind, stream.nonce = body["kind"], nonce
-        stream.about = _told(body, ABOUT)
-        stream.progress = _told(body, PROGRESS)
+        stream.about = told(body, ABOUT)
+        stream.progress = told(body, PROGRESS)
         if stream.file:
-            _want(stream.file, body)
+            stream.file.want(body)
             if stream.file.state == "opening":
                 if new:
                     self._hand(now_ns, stream, "open", out)
                 return  # WELCOME follows when it is open
         else:
-            if not stream.changed and _had_more(stream, body):
+            if not stream.changed and had_more(stream, body):
                 stream.changed = True
                 self._changed.append(stream)
             if self._gap(now_ns, stream, body) or stream.welcome_ns:
@@ -372,16 +289,16 @@ class Peers:
         out.append((stream.peer, self._frame(Type.WELCOME, stream, body)))
 
     def _new_stream(self, now_ns: int, peer: bytes, id_: bytes, body: dict[str, Any]) -> Stream:
-        """Raises _Rejected, OSError."""
+        """Raises Rejected, OSError."""
         run, kind = body["run"], body["kind"]
         blob = self._announced(body) if kind == "blob" else None
         if self.crowded and (blob or all(s.run != run for s in self.streams.values())):
             text = "the gateway has no descriptor left for another run or file"
-            raise _Rejected(Code.CROWDED, text, RETRY_SECONDS)
+            raise Rejected(Code.CROWDED, text, RETRY_SECONDS)
         try:
             journal = self._runs.journal(run)
         except JournalDamaged as error:
-            raise _Rejected(Code.JOURNAL, str(error)) from None
+            raise Rejected(Code.JOURNAL, str(error)) from None
         stream = Stream(id_, run, kind, journal, peer, now_ns, now_ns)
         if blob:
             stream.file = Arriving(blob)
@@ -398,18 +315,18 @@ class Peers:
         try:
             blob = Blob.announced(self._runs.disk, run, directory, sha256, body.get("size"))
         except BadBlob as error:
-            raise _Rejected(Code.HELLO, str(error)) from None
+            raise Rejected(Code.HELLO, str(error)) from None
         for other in self.streams.values():  # two writers of one part file would spoil it
             if other.file and other.run == run and other.file.blob.sha256 == sha256:
-                raise _Rejected(Code.STREAM, "another stream is bringing this file", RETRY_SECONDS)
+                raise Rejected(Code.STREAM, "another stream is bringing this file", RETRY_SECONDS)
         return blob
 
     def _open(self, now_ns: int, journal: Journal, id_: bytes, body: dict[str, Any]) -> None:
         if len(journal.streams) >= MAX_STREAMS:
             text = f"this run has had {MAX_STREAMS:,} processes, and a run can have no more"
-            raise _Rejected(Code.STREAMS, text)
+            raise Rejected(Code.STREAMS, text)
         if self._full and journal.pending_bytes > PENDING_TOP_BYTES:
-            raise _Rejected(Code.FULL, "the gateway's disk is full", RETRY_SECONDS)
+            raise Rejected(Code.FULL, "the gateway's disk is full", RETRY_SECONDS)
         journal.streams[id_] = Mark()
         hello = {name: value for name, value in body.items() if name != "nonce"}
         journal.append_map(Kind.OPEN, now_ns, {"stream": id_, "hello": hello})
@@ -430,11 +347,11 @@ class Peers:
         self, now_ns: int, peer: bytes, stream: Stream, body: dict[str, Any], out: list[Reply]
     ) -> None:
         final = body.get("final")
-        stream.progress = _told(body, PROGRESS)
+        stream.progress = told(body, PROGRESS)
         if not isinstance(final, int) or stream.high_water < final:
             return  # the client goes on sending, and says it again
         if stream.file:
-            _want(stream.file, body)
+            stream.file.want(body)
             if stream.file.state == "open":
                 stream.file.state = "finishing"
                 self._hand(now_ns, stream, "finish", out)
@@ -444,7 +361,7 @@ class Peers:
         if not stream.journal.streams[stream.id].ended:
             stream.journal.streams[stream.id].ended = True
             entry = {"stream": stream.id, "final": final, "status": str(body.get("status"))[:32]}
-            stream.journal.append_map(Kind.BYE, now_ns, entry | _refusals(body))
+            stream.journal.append_map(Kind.BYE, now_ns, entry | refusals(body))
         stream.bye_peer = peer
         self._dirty[stream.id] = stream
 
@@ -604,9 +521,7 @@ class Peers:
         for stream in self._finished:
             self._drop(stream)
         self._finished.clear()
-        for peer, struck in list(self._struck.items()):
-            if not 0 <= now_ns - struck.since_ns < STRIKE_NS:
-                del self._struck[peer]
+        self.strikes.forget(now_ns)
         return out
 
     def unheard(self, now_ns: int) -> Iterator[tuple[Stream, bytes]]:
@@ -682,88 +597,3 @@ class Peers:
         if nonce is not None:
             body["nonce"] = nonce
         out.append((peer, frames.control(Type.REJECT, self.session, stream, body)))
-
-
-# --- what a HELLO says -------------------------------------------------------
-
-_SPEAKS = f"this gateway speaks protocol {frames.MAJOR} only; install the same rankgate on both"
-
-
-class _Rejected(Exception):
-    """A HELLO that is answered with REJECT; for good without `retry_seconds`."""
-
-    def __init__(self, code: Code, text: str, retry_seconds: int = 0) -> None:
-        super().__init__(text)
-        self.code = code
-        self.retry_seconds = retry_seconds
-
-
-def _check_hello(body: dict[str, Any]) -> None:
-    """Raises _Rejected for what cannot be of any stream."""
-    versions, run = body.get("v"), body.get("run")
-    if not (isinstance(versions, list) and [type(v) for v in versions] == [int, int]):
-        raise _Rejected(Code.HELLO, "no protocol versions")
-    if not versions[0] <= frames.MAJOR <= versions[1]:
-        raise _Rejected(Code.VERSION, _SPEAKS)
-    if not (isinstance(run, str) and valid_run_id(run)):
-        raise _Rejected(Code.HELLO, "a run id must match [A-Za-z0-9._-]{1,64}")
-    if body.get("kind") not in HELLO_KINDS:
-        raise _Rejected(Code.HELLO, "an unknown kind of stream")
-    first = body.get("first", 1)
-    if not (isinstance(first, int) and 0 <= first <= MAX_NUMBER):
-        raise _Rejected(Code.HELLO, "a first number that cannot be")
-    try:
-        check_nesting(body, MAX_DEPTH - 1)  # the journal's `open` entry is one level around it
-    except BadRecord as error:
-        raise _Rejected(Code.HELLO, str(error)) from None
-
-
-def _check_same(stream: Stream, body: dict[str, Any]) -> None:
-    """Raises _Rejected for a HELLO that cannot be of the stream that has its id."""
-    if stream.run != body["run"]:
-        raise _Rejected(Code.STREAM, "this stream belongs to another run")
-    if (stream.file is not None) != (body["kind"] == "blob"):
-        raise _Rejected(Code.STREAM, "this stream is of another kind")
-    if stream.file:
-        blob = stream.file.blob
-        if (blob.sha256, blob.size_bytes) != (body.get("sha256"), body.get("size")):
-            raise _Rejected(Code.STREAM, "this stream is of another file")
-
-
-def _want(file: Arriving, body: dict[str, Any]) -> None:
-    of, media = body.get("of"), body.get("media")
-    if isinstance(of, bytes) and isinstance(media, int) and (of, media) not in file.refs:
-        file.refs.append((of, media))
-
-
-def _had_more(stream: Stream, body: dict[str, Any]) -> bool:
-    """Was more of it acknowledged than this journal has, or by another journal?"""
-    journal, acked = body.get("journal"), body.get("acked")
-    if not isinstance(journal, bytes) or not isinstance(acked, int):
-        return False
-    return journal != stream.journal.uuid or acked > stream.high_water
-
-
-def _refusals(body: dict[str, Any]) -> dict[str, Any]:
-    """What a stream says at its end of the calls and values that stand in no record."""
-    out: dict[str, Any] = {}
-    for name in ("refused", "bad"):
-        if isinstance(n := body.get(name), int) and 0 < n <= MAX_NUMBER:
-            out[name] = n
-    owed = body.get("owed")
-    if isinstance(owed, dict):
-        told = {k[:TOLD_CHARACTERS]: n for k, n in islice(owed.items(), 64) if type(n) is int}
-        out |= {"owed": told} if told else {}
-    return out
-
-
-def _told(body: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """Numbers and short texts only."""
-    out: dict[str, Any] = dict.fromkeys(names)
-    for name in names:
-        value = body.get(name)
-        if isinstance(value, str):
-            out[name] = value[:TOLD_CHARACTERS]
-        elif isinstance(value, int | float):
-            out[name] = value
-    return out

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 from zlib import crc32
 
@@ -20,7 +19,6 @@ from rank_client.wire.records import (
     HEADER_BYTES,
     MAX_EVENT_BYTES,
     MAX_KEYS,
-    ROW_HEAD_BYTES,
     UNNUMBERED,
     BadRecord,
     Head,
@@ -34,8 +32,11 @@ from rank_client.wire.records import (
 )
 
 from ..journal.salvage import BROKEN_BATCH, salvage, stream_of
+from .changes import Changes, Layout, Stream
 from .gate import Gate
 from .generations import Generations
+from .rows import Piece, all_alike, blocks, split
+from .state import state_of
 
 ITEM_KINDS = {
     Kind.TEXT: "text",
@@ -49,88 +50,12 @@ NEVER_CAME = "media lost (its bytes never came)"
 MAX_RUN_KEYS = MAX_KEYS  #: of all ranks together; each would cost every reader of the run
 TOO_MANY_KEYS = f"a key beyond the {MAX_RUN_KEYS:,} of a run"
 MAX_REFUSED = 1 << 48  #: calls that one record may tell of
-LOST_AFTER_NS = 60 * 10**9
+
 QUIET_NS = 15 * 10**9  #: how long a stream was unheard when a tick calls it quiet
-TAIL_HEAD_COLUMNS = 4  #: a tail row: stream, seq, step, wall, then the values, 8 bytes each
 
 _HEAD = struct.Struct("<IIQBBHI")
 _STEP_WALL = struct.Struct("<qq")
 _RECEIVED = struct.Struct("<q")
-_U64 = np.dtype("<u8")
-
-
-@dataclass(slots=True, eq=False)
-class Stream:
-    """One life of one process, as far as the journal tells."""
-
-    index: int
-    id: bytes
-    hello: dict[str, Any]
-    generation: int
-    rank: int
-    kind: str
-    last_seq: int = 0
-    stored: int = 0
-    projected: int = 0
-    control: int = 0
-    quarantined: int = 0
-    gaps: int = 0
-    refused: int = 0
-    bad: int = 0  #: values left out of calls that were kept
-    status: str = ""  #: how its END record says it ended
-    text: str = ""
-    bye: bool = False
-    ended_ns: int = 0
-    quiet_ns: int = 0  #: since when nothing was heard, 0 while it is
-    last_step: int = -1
-    last_wall_ns: int = 0
-    layouts: dict[int, Layout] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Layout:
-    """How one stream's schema lies in its key set. `take` is None where the order is the same."""
-
-    schema: int
-    keyset: int
-    row_bytes: int
-    take: npt.NDArray[np.int64] | None
-    columns: tuple[tuple[str, str], ...]
-
-
-@dataclass(slots=True)
-class Piece:
-    """Rows of one frame and one schema, in order."""
-
-    position: int
-    entry: int
-    stream: Stream
-    layout: Layout
-    first: int
-    n: int
-    data: bytes | memoryview
-
-
-@dataclass(slots=True)
-class Changes:
-    """What one fetch adds; tables and columns as in series/schema.sql. `tail` is the checksum of
-    the entry at `cursor`: by it a journal is known that was put back to an older state."""
-
-    cursor: int = 0
-    tail: int = 0
-    keys: list[tuple[int, str, str]] = field(default_factory=list)
-    keysets: list[tuple[int, bytes]] = field(default_factory=list)
-    layouts: list[tuple[int, int, int, bytes]] = field(default_factory=list)
-    rows: list[tuple[int, npt.NDArray[np.uint64]]] = field(default_factory=list)
-    texts: list[tuple[Any, ...]] = field(default_factory=list)
-    maps: list[tuple[Any, ...]] = field(default_factory=list)
-    media: list[tuple[Any, ...]] = field(default_factory=list)
-    blobs: list[tuple[str, int, int, int]] = field(default_factory=list)
-    lost_media: list[tuple[str, int, int]] = field(default_factory=list)
-    losses: list[tuple[Any, ...]] = field(default_factory=list)
-    quarantine: list[tuple[Any, ...]] = field(default_factory=list)
-    feed: list[tuple[Any, ...]] = field(default_factory=list)
-    streams: dict[int, Stream] = field(default_factory=dict)  #: new or changed
 
 
 class Projection:
@@ -326,7 +251,7 @@ class Projection:
                 and layout is not None
                 and size == layout.row_bytes
                 and len(records) == n * size
-                and (n == 1 or _all_alike(records, size))
+                and (n == 1 or all_alike(records, size))
             ):
                 self._add_piece(entry, stream, layout, first, n, records)
                 return
@@ -462,18 +387,18 @@ class Projection:
 
     def _rows(self, keyset: int, pieces: list[Piece]) -> None:
         """All rows of a fetch under one key set, split at once, in journal order."""
-        blocks: list[npt.NDArray[np.uint64]] = []
+        stretches: list[npt.NDArray[np.uint64]] = []
         good: list[Piece] = []
-        for block in _blocks(pieces):
-            rows = _split(block)
+        for block in blocks(pieces):
+            rows = split(block)
             if rows is None:
                 block = [p for p in block if self._whole(p)]
-                rows = _split(block) if block else None
+                rows = split(block) if block else None
             if rows is not None:
-                blocks.append(rows)
+                stretches.append(rows)
                 good.extend(block)
         if good:
-            all_rows = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+            all_rows = stretches[0] if len(stretches) == 1 else np.concatenate(stretches)
             self._changes.rows.append((keyset, all_rows))
         for piece in good:
             self._account_rows(keyset, piece)
@@ -481,7 +406,7 @@ class Projection:
     def _whole(self, piece: Piece) -> bool:
         """Does a frame hold the rows it announced, each with its checksum? Else it is
         quarantined whole."""
-        if _split([piece]) is not None:
+        if split([piece]) is not None:
             return True
         reason = "its records are not the ones it announced"
         self._quarantine(piece.entry, piece.stream, piece.first, piece.n, reason)
@@ -614,34 +539,9 @@ class Projection:
         index = None if stream is None else stream.index
         self._changes.quarantine.append((entry, index, first, n, reason))
 
-    # --- the run's state -----------------------------------------------------
-
     def state(self) -> tuple[str, str]:
-        """(running | completed | failed | lost, why); a new generation reopens a run."""
-        if not self.generations.order:
-            return "running", ""
-        newest = self.generations.order[-1]
-        streams = [
-            s for s in self.streams.values() if s.generation == newest.id and s.kind != "tool"
-        ]
-        for stream in streams:
-            if stream.status == "failed":
-                return "failed", f"rank {stream.rank}: {stream.text or 'failed'}"
-        code = self.launchers.get(newest.launch)
-        if code:
-            return "failed", f"the launcher exited with {code}"
-        finished = {s.rank for s in streams if s.status}
-        if code == 0 or len(finished) >= max(1, newest.world_size):
-            return "completed", ""
-        # Without an END record it did not end by itself; `bye` says that its spool is shipped.
-        waiting = [s for s in streams if not s.status]
-        if waiting and all(s.bye or self._silent(s) for s in waiting):
-            ranks = ", ".join(str(s.rank) for s in waiting[:8])
-            return "lost", f"rank {ranks} ended without a word"
-        return "running", ""
-
-    def _silent(self, stream: Stream) -> bool:
-        return bool(stream.quiet_ns) and self.now_ns - stream.quiet_ns >= LOST_AFTER_NS
+        """(running | completed | failed | lost, why)."""
+        return state_of(self.generations, self.streams.values(), self.launchers, self.now_ns)
 
 
 def _goes_on(before: Head, head: Head) -> bool:
@@ -662,55 +562,3 @@ def _map(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TypeError(type(value).__name__)
     return value
-
-
-def _all_alike(records: memoryview, size: int) -> bool:
-    """Do the records of a frame all have the length, kind and schema of its first one?
-
-    By induction: where one record has that length, the next one's header is read right. (That
-    n of them make up the frame's length does not tell: shorter ones may make up for longer.)
-    """
-    n = len(records) // size
-    return all(
-        bytes(records[i::size]) == records[i : i + 1].tobytes() * n
-        for i in (4, 5, 6, 7, 16, 18, 19)
-    )
-
-
-def _blocks(pieces: list[Piece]) -> Iterable[list[Piece]]:
-    """Stretches of pieces whose columns lie in the same order, under the same schema id."""
-    start = 0
-    for end in range(1, len(pieces) + 1):
-        if end < len(pieces):
-            here, there = pieces[end].layout, pieces[start].layout
-            if here.take is there.take and here.schema == there.schema:
-                continue
-        yield pieces[start:end]
-        start = end
-
-
-def _split(pieces: list[Piece]) -> npt.NDArray[np.uint64] | None:
-    """Record rows as tail rows, (n, 4 + columns) of 8 bytes each; None when a record is not
-    what its frame announced."""
-    layout = pieces[0].layout
-    size = layout.row_bytes
-    data = memoryview(pieces[0].data if len(pieces) == 1 else b"".join(p.data for p in pieces))
-    raw = np.frombuffer(data, _U64).reshape(-1, size // 8)
-    counts = [p.n for p in pieces]
-    ends = np.cumsum(counts)
-    starts = np.repeat([p.first for p in pieces] - (ends - counts), counts)
-    checks = [crc32(data[at + 4 : at + size]) for at in range(0, len(data), size)]
-    if not (
-        np.array_equal(raw[:, 0], np.array(checks, _U64) | _U64.type(size << 32))
-        and np.array_equal(raw[:, 1], (starts + np.arange(len(raw))).astype(_U64))
-        and bool((raw[:, 2] == _U64.type(int(Kind.ROW) | layout.schema << 16)).all())
-    ):
-        return None
-    first = (HEADER_BYTES + ROW_HEAD_BYTES) // 8
-    values = raw[:, first:]
-    rows = np.empty((len(raw), TAIL_HEAD_COLUMNS + values.shape[1]), _U64)
-    rows[:, 0] = np.repeat([p.stream.index for p in pieces], counts)
-    rows[:, 1] = raw[:, 1]
-    rows[:, 2:4] = raw[:, 3:5]
-    rows[:, 4:] = values if layout.take is None else values[:, layout.take]
-    return rows

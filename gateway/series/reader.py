@@ -11,7 +11,7 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
-from ..rules.project import TAIL_HEAD_COLUMNS
+from ..rules.rows import TAIL_HEAD_COLUMNS
 from .db import fetch, open_reader
 
 Reach = dict[int, tuple[int, int]]  #: stream → its first and last number in a segment

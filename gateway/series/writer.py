@@ -17,8 +17,10 @@ import numpy.typing as npt
 
 from rank_client.wire.records import HEADER_BYTES, ROW_HEAD_BYTES
 
+from ..rules.changes import Changes, Layout, Stream
 from ..rules.generations import Generations
-from ..rules.project import NEVER_CAME, TAIL_HEAD_COLUMNS, Changes, Layout, Projection, Stream
+from ..rules.project import NEVER_CAME, Projection
+from ..rules.rows import TAIL_HEAD_COLUMNS
 from .db import fetch, open_writer
 from .home import note_home, torn_copy
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from rank_client.spool import spool_share
+from rank_client.spool_place import spool_share
 
 from .check import Check
 from .words import size

@@ -15,8 +15,8 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from rank_client.counts import COUNTS
 from rank_client.rendezvous import LOCK_GATEWAY, locked
-from rank_client.spool import COUNTS
 from rank_client.wire.disk import OsDisk
 from rank_client.wire.records import UNNUMBERED
 from rank_client.wire.segments import SPOOL_KINDS, scan_segment, segment_indexes

@@ -17,8 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rank_client import spool as spool_module
+from rank_client.counts import COUNTS, read_counts
 from rank_client.rows import Rows
-from rank_client.spool import COUNTS, Spool, read_counts, spool_root, spool_share
+from rank_client.spool import Spool
+from rank_client.spool_place import spool_root, spool_share
 from rank_client.wire.disk import OsDisk
 from rank_client.wire.frames import MAX_DATA_BYTES, MAX_FRAME_BYTES
 from rank_client.wire.records import Kind, Schema, walk
@@ -105,7 +107,7 @@ def test_every_segment_can_be_read_without_those_before(tmp_path: Path) -> None:
         rows.log({"a": 1.0} if step % 2 else {"b": step, "c": 0.5}, step)
     assert len(list(tmp_path.glob("*.log"))) > 3
     assert len(on_disk(tmp_path)) == 60  # decodes each segment on its own
-    second = spool._segments[1].first
+    second = spool.segments[1].first
     assert [w.step for w in read_all(spool, second)] == list(range(second - 1, 60))
     spool.close()
 
@@ -435,7 +437,7 @@ def test_a_deleted_file_that_nobody_had_read_is_given_up(tmp_path: Path) -> None
     spool = Spool(str(tmp_path), {}, segment_bytes=1000)
     for _ in range(100):
         text(spool)
-    gone = spool._segments[1]
+    gone = spool.segments[1]
     assert gone.end is not None
     Path(gone.path).unlink()
     at = 1
@@ -461,7 +463,7 @@ def test_a_cut_file_gives_what_is_whole(tmp_path: Path) -> None:
     spool = Spool(str(tmp_path), {}, segment_bytes=100_000)
     for _ in range(100):
         text(spool)
-    path = Path(spool._segments[0].path)
+    path = Path(spool.segments[0].path)
     os.truncate(path, path.stat().st_size // 2)
     spool.sync()
     assert "cut" in spool.volatile
@@ -642,7 +644,7 @@ def test_trim_removes_only_what_is_acknowledged(tmp_path: Path) -> None:
     spool.trim(200)
     assert spool.kept_bytes <= 2500 + 1500
     assert spool.first_kept <= 200
-    assert len(list(tmp_path.glob("*.log"))) == len(spool._segments)
+    assert len(list(tmp_path.glob("*.log"))) == len(spool.segments)
     spool.close()
 
 
@@ -660,7 +662,7 @@ def test_reading_goes_on_after_a_trim_at_the_end_of_a_segment(tmp_path: Path) ->
     spool = Spool(str(tmp_path), {}, segment_bytes=1000, keep_bytes=0)
     for _ in range(100):
         text(spool)
-    end = spool._segments[1].first
+    end = spool.segments[1].first
     at = 1
     while at < end:
         at += spool.read(at, 300)[0]

@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 from gateway import app
 from gateway.ingest import listener
-from rank_client import rendezvous, run, sweep
+from rank_client import rendezvous, spool_place, sweep
 from rank_client.wire.disk import OsDisk
 from tests.flow.job import ROOT
 
@@ -176,7 +176,7 @@ def no_foreign_spool(root: Path) -> None:
     stream = root / "spool" / "r" / ("a" * 32)
     stream.mkdir(parents=True)
     with as_user(4321):
-        assert run._spool_dir({"RANKGATE_SPOOL": str(root / "spool")}, "r", nothing) is None
+        assert spool_place.spool_dir({"RANKGATE_SPOOL": str(root / "spool")}, "r", nothing) is None
         assert list(sweep._streams(root / "spool")) == []
 
 

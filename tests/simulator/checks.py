@@ -15,7 +15,8 @@ import numpy as np
 
 from gateway.ingest.media import blob_path
 from gateway.journal.reader import JournalReader
-from gateway.rules.project import TAIL_HEAD_COLUMNS, Projection
+from gateway.rules.project import Projection
+from gateway.rules.rows import TAIL_HEAD_COLUMNS
 from gateway.series.reader import StreamRow
 from rank_client.wire.frames import COMMON, COMMON_BYTES, DATA_HEAD, DATA_HEAD_BYTES, Type
 from rank_client.wire.records import UNNUMBERED, Kind, unpack_map, walk

@@ -376,7 +376,7 @@ def _() -> Patches:
     right = Spool.trim
 
     def wrong(self: Spool, durable: int) -> None:
-        at = self._at[1] - 1 if self._at else durable
+        at = self._reader._at[1] - 1 if self._reader._at else durable
         keep, self._keep_bytes = self._keep_bytes, 0
         right(self, max(durable, at))
         self._keep_bytes = keep
@@ -397,8 +397,8 @@ def _() -> Patches:
     right = Spool.heal
 
     def wrong(self: Spool) -> None:
-        if self._ring and self.volatile:
-            self._ring.pop()
+        if self.ring and self.volatile:
+            self.ring.pop()
         right(self)
 
     return [(Spool, "heal", wrong)]

@@ -20,10 +20,11 @@ from gateway.rules.project import Projection
 from gateway.sinks.base import RunInfo
 from gateway.sinks.loop import Loop
 from gateway.sinks.retry import Backoff
+from rank_client.counts import read_counts
 from rank_client.media import blob_session
 from rank_client.rows import Rows
 from rank_client.sender import Carrier
-from rank_client.spool import Spool, read_counts
+from rank_client.spool import Spool
 from rank_client.sweep import OrphanSource
 from rank_client.wire import frames
 from rank_client.wire.records import Kind
@@ -255,8 +256,8 @@ class RankPart:
                 life.in_memory = None
             last, durable = spool.last, self.session.durable
             spool.sync()
-            if spool._ring and spool._ring[0][0] <= durable and life.never_on_disk is None:
-                life.never_on_disk = spool._ring[0][0]
+            if spool.ring and spool.ring[0][0] <= durable and life.never_on_disk is None:
+                life.never_on_disk = spool.ring[0][0]
             spool.trim(durable)
             life.trimmed = max(life.trimmed, spool.first_kept - 1)
             if not spool.volatile:
@@ -282,7 +283,7 @@ class RankPart:
 
     def _forget_memory(self) -> None:
         if self.spool.memory_records:
-            self.life.in_memory = self.spool._ring[0][0]
+            self.life.in_memory = self.spool.ring[0][0]
 
     def kill(self) -> None:
         """SIGKILL: what is in the page cache stays."""

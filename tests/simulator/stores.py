@@ -15,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from gateway.rules.project import TAIL_HEAD_COLUMNS, Changes, Projection
+from gateway.rules.changes import Changes
+from gateway.rules.project import Projection
+from gateway.rules.rows import TAIL_HEAD_COLUMNS
 from gateway.series.reader import About, Block, FeedEntry, MediaRow, StreamRow
 from gateway.sinks.base import Item, Memory, Refused, Rows, RunInfo, Sent, Unavailable
 from gateway.sinks.store import Spans

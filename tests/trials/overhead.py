@@ -2,8 +2,9 @@
 
 Blocks of equal steps, each in processes of its own on one core; the gateway and all else are on the
 others. A block that logs is paired with one beside it that does not, and all come in random order.
-Gated are the client's processor time per step, `log()`, the time an exit takes and its code; wall
-time is reported only.
+Gated are the client's processor time per step, `log()` in a loop, the time an exit takes and its
+code. Wall time is reported only, and `log()` between steps, where what is cold is the interpreter:
+beside it stands what a line of JSON takes there that is written to a file by hand.
 
 Run: python -m tests.trials.overhead [--blocks N] [--ddp-blocks N] [--steps N] [--seed S]
 """
@@ -30,7 +31,7 @@ from rank_client.run import FINISH_SECONDS
 from tests.flow.job import Job, free_port
 
 from . import trial
-from .overhead_rank import FAILURE_CODE, STEP_SECONDS, WORKS
+from .overhead_rank import FAILURE_CODE, WORKS
 
 RANK = Path(__file__).with_name("overhead_rank.py")
 CONDITIONS = ("gateway", "absent", "stopped", "black-holed", "disk full", "wrong key")
@@ -271,41 +272,44 @@ def quantiles_us(ns: Sequence[int]) -> dict[str, float]:
 
 
 def figures_of(pairs: Sequence[Pair], steps: int, rng: random.Random) -> trial.Figures:
-    """Of one condition, per step. `cpu_us` is the paired difference of all processor time of the
-    rank, `own_us` that of the client's threads and of the calls, taken by the threads' clocks."""
+    """Of one condition, per step. `own_us` is the processor time of the client's threads and of
+    the calls, by the threads' clocks; `all_us` the paired difference of all of the rank's."""
     told = [t for pair in pairs for t in pair.with_log.told]
 
     def per_step(name: str, unit_ns: float) -> list[float]:
         return [pair.difference(name) / steps / unit_ns for pair in pairs]
 
-    threads = statistics.fmean(t["threads_ns"] for t in told) / steps / 1e3
-    calls = per_step("calls_ns", 1e3)
+    threads = [pair.with_log.mean("threads_ns") / steps / 1e3 for pair in pairs]
+    own = [sum(both) for both in zip(threads, per_step("calls_ns", 1e3), strict=True)]
     return {
         "pairs": len(pairs),
-        "cpu_us": interval(per_step("cpu_ns", 1e3), rng),
-        "own_us": round(threads + statistics.fmean(calls), 1),
-        "of_which_threads_us": round(threads, 1),
+        "step_ms": round(
+            statistics.fmean(p.without.mean("wall_ns") for p in pairs) / steps / 1e6, 1
+        ),
+        "own_us": interval(own, rng),
+        "of_which_threads_us": round(statistics.fmean(threads), 1),
+        "all_us": interval(per_step("cpu_ns", 1e3), rng),
         "wall_ms": interval(per_step("wall_ns", 1e6), rng),
-        **log_figures(told),
         "exit_delay_seconds": round(max(pair.exit_delay_seconds for pair in pairs), 2),
         "refused": sum(t["refused"] for t in told),
     }
 
 
-def log_figures(told: Sequence[dict[str, Any]]) -> trial.Figures:
-    """How long the calls took, and what those above 100 µs met: how many of them, the longest.
-    `bare_write` is what a mere write of as many bytes takes beside a step: its caches are cold."""
+def log_figures(pairs: Sequence[Pair]) -> trial.Figures:
+    """How long the calls took, and what those above 100 µs met: how many of them, the longest."""
+    told = [t for pair in pairs for t in pair.with_log.told]
 
     def all_of(name: str) -> list[Any]:
         return [x for t in told for x in t[name]]
 
+    lines = [ns for pair in pairs for t in pair.without.told for ns in t["line_ns"]]
     return {
-        "log_beside_a_step_us": quantiles_us(all_of("row_ns")),
-        "bare_write_beside_a_step_us": quantiles_us(all_of("bare_ns")),
         "log_in_a_loop_us": quantiles_us(all_of("loop_ns")),
+        "log_beside_a_step_us": quantiles_us(all_of("row_ns")),
+        "json_line_beside_a_step_us": quantiles_us(lines),
         "first_call_us": round(max(t["first_ns"] for t in told) / 1000, 1),
-        "slow_beside_a_step": _reasons(all_of("slow")),
         "slow_in_a_loop": _reasons(all_of("loop_slow")),
+        "slow_beside_a_step": _reasons(all_of("slow")),
     }
 
 
@@ -357,26 +361,24 @@ def broken_books(at: Scene, pairs: Sequence[Pair]) -> list[str]:
     return out
 
 
-def broken_times(conditions: trial.Figures, log: trial.Figures) -> list[str]:
-    """What a quiet machine must keep to: the client's processor time in each condition, and the
-    calls of all of them together. Where the interval of the paired difference is wider than what is
-    allowed, it cannot decide: then its mean must do, and `gated_on` says so. Of too few pairs only
-    the client's own time is gated."""
-    allowed_us = CPU_SHARE * STEP_SECONDS * 1e6
-    gates: list[tuple[str, float, float]] = [
-        ("log() in a loop, p50", log["log_in_a_loop_us"]["p50"], LOG_P50_US),
-        ("log() in a loop, p99.9", log["log_in_a_loop_us"]["p99.9"], LOG_P999_US),
-        ("log() beside a step, p99.9", log["log_beside_a_step_us"]["p99.9"], LOG_P999_US),
-    ]
+def broken_times(conditions: trial.Figures, log: trial.Figures | None) -> list[str]:
+    """What a quiet machine must keep to: the client's own processor time as a share of a step, by
+    the upper end of its interval, and the calls of all conditions together (`log` None: not where
+    two ranks share a core, of which one preempts the other in its calls). The paired difference of
+    all processor time sees more (the caches), but wanders by more than is allowed: it breaks the
+    promise where its whole interval lies above."""
+    gates: list[tuple[str, float, float]] = []
+    if log:
+        gates += [
+            ("log() in a loop, p50", log["log_in_a_loop_us"]["p50"], LOG_P50_US),
+            ("log() in a loop, p99.9", log["log_in_a_loop_us"]["p99.9"], LOG_P999_US),
+        ]
     for name, found in conditions.items():
-        mean, low, high = found["cpu_us"]
-        gates.append((f"{name}: the client's own time per step", found["own_us"], allowed_us))
-        if found["pairs"] < ENOUGH_PAIRS:
-            found["gated_on"] = "the client's own time: too few pairs"
-            continue
-        decides = high - low <= allowed_us
-        found["gated_on"] = "interval" if decides else "mean: the interval is wider than the gate"
-        gates.append((f"{name}: time per step", high if decides else mean, allowed_us))
+        allowed_us = CPU_SHARE * found["step_ms"] * 1e3
+        gates.append((f"{name}: the client's own time per step", found["own_us"][2], allowed_us))
+        if found["pairs"] >= ENOUGH_PAIRS:
+            low = found["all_us"][1]
+            gates.append((f"{name}: all time per step, at least", low, allowed_us))
     return [f"{what}: {us:g} µs, above {most:g}" for what, us, most in gates if us > most]
 
 
@@ -398,9 +400,11 @@ def attempt(
                 name: figures_of([p for p in pairs if p.with_log.condition == name], steps, rng)
                 for name in CONDITIONS
             }
-            log = log_figures([t for pair in pairs for t in pair.with_log.told])
+            log = log_figures(pairs)
             broken += broken_ends(pairs)
-            broken += [f"{kind}: {b}" for b in broken_times(by_name, log) if gate_times]
+            if gate_times:
+                alone = log if WORLD[kind] == 1 else None
+                broken += [f"{kind}: {b}" for b in broken_times(by_name, alone)]
             figures |= {kind: {"blocks": rounds, "all": log, **by_name}}
         broken += broken_books(at, everything)
     return {**figures, "broken": broken}
@@ -409,7 +413,7 @@ def attempt(
 def main() -> int:
     parser = trial.parser(__doc__.split("\n")[0], 1800.0)
     parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--ddp-blocks", type=int, default=3)
+    parser.add_argument("--ddp-blocks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60)
     given = parser.parse_args()
 

@@ -11,7 +11,7 @@ import gateway.sinks.store
 from gateway.ingest.media import Blob
 from gateway.journal.reader import JournalReader
 from gateway.journal.writer import Journal
-from gateway.rules.project import Changes
+from gateway.rules.changes import Changes
 from gateway.series.db import open_writer
 from gateway.series.writer import Series
 from rank_client.spool import Spool

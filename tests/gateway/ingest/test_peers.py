@@ -12,18 +12,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.ingest import peers
+from gateway.ingest import peers, strikes
+from gateway.ingest.hello import MAX_NUMBER
 from gateway.ingest.media import CHUNK_BYTES, Job, blob_path
 from gateway.ingest.peers import (
     CREDIT_FLOOR_BYTES,
     CREDIT_TOP_BYTES,
     GONE_NS,
     SILENT_NS,
-    STRIKE_NS,
-    STRIKE_PAUSE_SECONDS,
-    STRIKES,
     Peers,
 )
+from gateway.ingest.strikes import STRIKE_NS, STRIKE_PAUSE_SECONDS, STRIKES
 from gateway.journal.reader import Entry
 from gateway.journal.writer import Journal, Mark
 from rank_client.wire import frames
@@ -398,7 +397,7 @@ def test_the_largest_table_can_be_read() -> None:
     disk = MemoryDisk()
     journal = make(disk, 1)
     for n in range(peers.MAX_STREAMS):
-        journal.streams[n.to_bytes(16, "little")] = Mark(peers.MAX_NUMBER)
+        journal.streams[n.to_bytes(16, "little")] = Mark(MAX_NUMBER)
     journal.append_map(Kind.TICK, 1, {"quiet": []})
     journal.commit()  # begins a segment, with the table
     again = make(disk.copy(), 1)
@@ -581,7 +580,7 @@ def test_a_bad_frame_now_and_then_is_forgiven(gateway: Gateway) -> None:
         gateway.now += STRIKE_NS
         gateway.say(frames.control(Type.PING, SESSION, A, {}))
         gateway.peers.tick(gateway.now)
-    assert gateway.peers._struck == {}
+    assert gateway.peers.strikes.struck == {}
 
 
 def test_a_clock_that_is_set_back_frees_who_pauses(gateway: Gateway) -> None:
@@ -596,10 +595,10 @@ def test_many_bad_peers_do_not_grow_memory(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only so many peers' bad frames are remembered, the newest ones."""
-    monkeypatch.setattr(peers, "STRUCK_PEERS", 3)
+    monkeypatch.setattr(strikes, "STRUCK_PEERS", 3)
     for n in range(10):
         junk(gateway, 1, bytes([n]))
-    assert list(gateway.peers._struck) == [b"\x07", b"\x08", b"\x09"]
+    assert list(gateway.peers.strikes.struck) == [b"\x07", b"\x08", b"\x09"]
 
 
 def test_what_peers_tell_is_kept_short(gateway: Gateway) -> None:
