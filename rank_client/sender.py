@@ -167,8 +167,8 @@ class Sender:
                 link.wait(CLOSING_TICK_SECONDS)  # what is left to do, an answer allows
             elif self._closing.is_set():
                 self._stop.wait(CLOSING_TICK_SECONDS)
-            elif link and self.session.blocked:
-                link.wait(tick)  # only an answer lets us go on
+            elif link and (self.session.blocked or self.session.asked):
+                link.wait(tick)  # for the answer
             else:
                 self._closing.wait(tick)
         self._upkeep()

@@ -114,6 +114,11 @@ class ClientSession:
         """There is more to send, and only an answer allows it."""
         return self.state == "open" and self._cursor <= self._source.last
 
+    @property
+    def asked(self) -> bool:
+        """A PING has no answer yet: what the clocks tell is the truer, the sooner it is read."""
+        return self.state == "open" and self._pinged is not None
+
     # --- time ----------------------------------------------------------------
 
     def tick(self, now: float) -> list[bytes]:
@@ -284,6 +289,7 @@ class ClientSession:
         if not isinstance(their_ns, int):
             return
         pinged, wall = self._pinged
+        self._pinged = None
         self._clock.append((now - pinged, their_ns / 1e9 - wall - (now - pinged) / 2))
         self.offset_seconds = min(self._clock)[1]
 

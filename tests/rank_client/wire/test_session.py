@@ -523,7 +523,9 @@ def test_the_offset_of_the_clocks_is_that_of_the_quickest_ping(ahead: float) -> 
         out, back = (0.01, 0.01) if n == CLOCK_SAMPLES + 2 else (rng.random(), rng.random())
         theirs = int((wall + now + out + ahead) * 1e9)
         pong = gateway.say(Type.PONG, durable=0, t=ping.body["t"], now=theirs)
+        assert session.asked  # the sender waits for it: read late, it would tell less
         session.receive(now + out + back, pong)
+        assert not session.asked
     assert session.offset_seconds == pytest.approx(ahead, abs=1e-3)
     now += 6
     [ping] = controls(session.tick(now), Type.PING)
