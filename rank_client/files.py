@@ -50,7 +50,7 @@ class Files:
         """A file as it is now: cloned in this call where the file system can; else copied, in
         this call when it is small or `wait`. Raises OSError, ValueError: nothing is logged."""
         path = path.absolute()
-        size = path.stat().st_size
+        about = path.stat()
         if not path.is_file():
             raise ValueError(f"{path} is not a regular file")
         name = name or path.name
@@ -61,13 +61,13 @@ class Files:
                 raise NotImplementedError
 
         def copy(target: Path) -> None:
-            copy_unchanged(path, target)
+            copy_unchanged(path, target, about)
 
         def clone_or_copy(target: Path) -> None:
             if not snapshot(path, target):
                 copy_unchanged(path, target)
 
-        if wait or size <= INLINE_COPY_BYTES:
+        if wait or about.st_size <= INLINE_COPY_BYTES:
             self._add(body, clone_or_copy, True)
             return
         try:

@@ -58,6 +58,7 @@ class Link:
     def __init__(self, address: str, key: Key | None = None) -> None:
         """Encrypted with a key, plain without one. Raises zmq.ZMQError for an address that is
         none."""
+        self.near = address.startswith("ipc://")  #: the gateway sees this node's files
         socket = _context().socket(zmq.DEALER)
         socket.setsockopt(zmq.IMMEDIATE, 1)  # without a peer, sends must fail, not vanish
         socket.setsockopt(zmq.SNDHWM, SEND_HWM)

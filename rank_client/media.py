@@ -66,9 +66,15 @@ class Chunks(Source, Protocol):
 
 
 def blob_session(
-    source: Chunks, run: str, stream: bytes, media: int, random: Callable[[], float] = jitter
+    source: Chunks,
+    run: str,
+    stream: bytes,
+    media: int,
+    random: Callable[[], float] = jitter,
+    path: str = "",
 ) -> ClientSession:
-    """The session that carries a file; its id follows from the content, so two senders agree."""
+    """The session that carries a file; its id follows from the content, so two senders agree.
+    `path` tells a gateway of this node where the bytes lie."""
     blob = hashlib.sha256(f"{run}:{source.sha256}".encode()).digest()[:16]
     which = {"of": stream, "media": media}
     hello = {
@@ -77,6 +83,7 @@ def blob_session(
         **which,
         "sha256": source.sha256,
         "size": source.size_bytes,
+        **({"path": path} if path else {}),
     }
     session = ClientSession(blob, lambda: hello, source, random)
     session.end(which)  # said again: others may bring the same bytes for a record of their own
@@ -89,7 +96,8 @@ def send_file(
     """Carry one file; True when the gateway has all of it on disk. Raises OSError."""
     source = FileSource(path)
     try:
-        carrier = Carrier(blob_session(source, run, stream, media), link)
+        near = str(path.absolute()) if link.near else ""
+        carrier = Carrier(blob_session(source, run, stream, media, path=near), link)
         while not stop():
             carrier.step(time.monotonic())
             if carrier.session.state in ("closed", "rejected"):
@@ -119,20 +127,23 @@ class Rewritten(Exception):
     """A file changed each time it was copied."""
 
 
-def copy_unchanged(source: Path, target: Path) -> None:
-    """Copy a file that somebody may be rewriting. Raises Rewritten, OSError."""
+def copy_unchanged(source: Path, target: Path, as_of: os.stat_result | None = None) -> None:
+    """Copy a file that somebody may be rewriting. `as_of`: how it stood when it was logged, as a
+    later content must not pass for that one. Raises Rewritten, OSError."""
     for _ in range(COPY_TRIES):
+        if as_of is not None and _which(as_of) != _which(source.stat()):
+            raise Rewritten(f"{source} was rewritten before it could be copied")
         before = source.stat()
         shutil.copyfile(source, target)
         after = source.stat()
-        same = (before.st_size, before.st_mtime_ns, before.st_ino)
-        if same == (after.st_size, after.st_mtime_ns, after.st_ino) == _copied(before, target):
+        if _which(before) == _which(after) and target.stat().st_size == before.st_size:
             return
     raise Rewritten(f"{source} was rewritten during each of {COPY_TRIES} copies")
 
 
-def _copied(before: os.stat_result, target: Path) -> tuple[int, int, int]:
-    return target.stat().st_size, before.st_mtime_ns, before.st_ino
+def _which(about: os.stat_result) -> tuple[int, int, int]:
+    """What a content is known by, without reading it."""
+    return about.st_size, about.st_mtime_ns, about.st_ino
 
 
 def _bytes_in(directory: Path) -> int:

@@ -20,6 +20,9 @@ from typing import Any
 
 from . import exits, identity
 from .arguments import check, fitting
+from .capture.console import Console, begin
+from .capture.machine import Machine
+from .capture.source import Source, wanted
 from .files import Files
 from .images import figure_bytes, table_bytes
 from .link import Link, connect
@@ -34,8 +37,10 @@ from .sweep import Neighbours
 from .values import flatten, plain
 from .wire.records import Kind
 from .wire.session import ClientSession
+from .wire.source import DIFF_FILE
 
 FINISH_SECONDS = 10.0  #: the most that `finish` or an exit may take
+SOURCE_SECONDS = 2.0  #: of them, at most, for what is still being found out about the code
 LEAVE_SHARE = 0.02  #: of them, for threads to leave and files to be closed
 MODES = ("live", "offline", "disabled")  #: of RANKGATE_MODE
 ABSENT_SECONDS = 3.0  #: of these, while no gateway has ever answered
@@ -78,7 +83,7 @@ class Run:
         self._data_dir = data_dir(environ)
         self._address = gateway or environ.get("RANKGATE_ADDR")
         self._online = mode == "live"
-        run_dir = spool_dir(environ, run_id, self._warn)
+        self._run_dir = run_dir = spool_dir(environ, run_id, self._warn)
         earlier = older_streams(run_dir)
         directory = f"{run_dir}/{self.stream}" if run_dir else None
         hello = {
@@ -118,6 +123,9 @@ class Run:
             self._warn,
             self._rows.settle,
         )
+        self._source: Source | None = None
+        self._console: Console | None = None
+        self._machine: Machine | None = None
         self._neighbours: Neighbours | None = None
         if self._online and run_dir and where.local_rank == 0 and _remote(self._address):
             assert self._address
@@ -196,9 +204,13 @@ class Run:
         self._guard("log_image", lambda: self._files.add_image(key, image, step))
 
     def log_figure(self, key: str, figure: Any, step: int | None = None) -> None:
-        """Log a matplotlib figure (drawn now, as PNG) or a plotly figure (as its JSON)."""
+        """Log a matplotlib figure (drawn now, as PNG), a plotly figure (as its JSON), or a picture
+        of one by the path of its file."""
 
         def make() -> None:
+            if isinstance(figure, str | os.PathLike):
+                self._files.add_file("figure", Path(figure), key=key, step=step)
+                return
             data, ending = figure_bytes(figure)
             self._files.add_bytes("figure", key, ending, data, step)
 
@@ -258,6 +270,12 @@ class Run:
 
     def _finish(self, status: str, text: str, seconds: float) -> bool:
         deadline = time.monotonic() + seconds * (1 - LEAVE_SHARE)
+        if self._source:
+            self._source.close(min(SOURCE_SECONDS, deadline - time.monotonic()))
+        if self._machine:
+            self._machine.stop(LEAVE_SHARE * seconds)
+        if self._console:
+            self._console.end(deadline)
         while self._rows.settle() and time.monotonic() < deadline:
             time.sleep(0.002)
         self._rows.abandon()
@@ -348,6 +366,29 @@ class Run:
 
     # --- inner ---------------------------------------------------------------
 
+    def _capture_console(self) -> None:
+        self._console = begin(self._spool, self._clean, self._warn)
+
+    def _capture_machine(self, where: identity.Place) -> None:
+        rows = Rows(self._spool, self._warn)  # its steps are its own
+
+        def put(values: dict[str, float]) -> None:
+            with self._spool.lock:  # nothing comes after the end
+                if not self._dead:
+                    rows.log(values, step=None)
+
+        self._machine = Machine(self._run_dir, where, put)
+
+    def _capture_source(self) -> None:
+        """Begin to find out, behind the training, what code this is."""
+
+        def log_diff(data: bytes) -> None:
+            self._guard(
+                "source", lambda: self._files.add_bytes("file", DIFF_FILE, "", data, step=None)
+            )
+
+        self._source = Source(self.log_params, log_diff, self._clean, self._environ)
+
     def _connect(self) -> Link | None:
         if not self._online:
             return None
@@ -401,6 +442,10 @@ class Run:
     def _become_child(self) -> None:
         """After a fork: touch no lock, no socket, no thread of the parent's."""
         self._dead = self._forked = True
+        if self._console:
+            self._console.become_child()
+        if self._machine:
+            self._machine.become_child()
         self._finish_lock = threading.Lock()  # a thread of the parent's may have held it
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -432,14 +477,19 @@ def init(
     rank: int | None = None,
     local_rank: int | None = None,
     world_size: int | None = None,
+    capture_console: bool = True,
+    _source: str = "",
 ) -> Run:
     """Begin logging from this process: the same call on every rank.
 
     Raises ValueError for wrongly typed arguments only, never for environment or network. In a
     multiprocessing child (a DataLoader worker) it gives a run that does nothing, unless `rank` is
-    given. See the README for the environment variables.
+    given. With `capture_console` what the process and its children print is logged too. See the
+    README for the environment variables.
     """
     check(project, name, run, config, tags, gateway, rank, local_rank, world_size)
+    if capture_console is not True and capture_console is not False:
+        raise ValueError(f"capture_console must be True or False, not {capture_console!r}")
     environ = os.environ
     mode = environ.get("RANKGATE_MODE") or "live"
     if mode not in MODES:
@@ -459,6 +509,7 @@ def init(
             "project": redactor.key(project or environ.get("RANKGATE_PROJECT") or "default"),
             "name": redactor.key(name) if name else "",
             "tags": fitting([redactor.key(t) for t in tags]),
+            "source": _source,  # an integration's name for itself
         }
         made = Run(run_id, where, about, environ, gateway, mode, redactor)
     except Exception as error:  # no thread, no descriptor: the training goes on without a log
@@ -467,6 +518,11 @@ def init(
     exits.watch(made)
     if config:
         made.log_params(config)
+    if wanted(environ, where.rank):
+        made._capture_source()
+    if capture_console:
+        made._capture_console()
+    made._capture_machine(where)
     return made
 
 

@@ -53,6 +53,7 @@ class Kind(IntEnum):
     TICK = 37
     BLOB = 38  # journal: the last byte of a media file has arrived
     MARK = 39  # journal: all before this is on disk; not numbered
+    DROP = 41  # journal: the bytes of a media file were removed, and why
     TABLE = 40  # opens a journal segment: high water per stream; not numbered
 
 

@@ -104,6 +104,36 @@ def test_a_file_that_is_rewritten_once_is_copied_again(
     assert len(copies) == 2
 
 
+@pytest.mark.parametrize("change", [grow, touch, replace])
+def test_a_later_content_does_not_pass_for_the_one_that_was_logged(
+    tmp_path: Path, change: Callable[[Path, int], None]
+) -> None:
+    """A file that is rewritten between the call and its copy is told of as such, not mixed up."""
+    path = tmp_path / "a"
+    path.write_bytes(b"epoch 1")
+    logged = path.stat()
+    change(path, 1)
+    with pytest.raises(Rewritten, match="before it could be copied"):
+        copy_unchanged(path, tmp_path / "b", logged)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_file_that_is_cut_while_it_is_copied_is_copied_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saving begins with an empty file: half of the old content is never kept."""
+    (tmp_path / "a").write_bytes(b"old weights")
+
+    def save(path: Path, n: int) -> None:
+        if n == 1:
+            os.truncate(path, 3)
+            path.write_bytes(b"new weights!")
+
+    rewriting(monkeypatch, save)
+    copy_unchanged(tmp_path / "a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"new weights!"
+
+
 def test_a_snapshot_is_a_clone_or_nothing(tmp_path: Path) -> None:
     """Where blocks cannot be shared there is no half-made target and never a hard link."""
     (tmp_path / "a").write_bytes(b"weights")

@@ -35,6 +35,7 @@ def a_rank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     monkeypatch.setenv("RANKGATE_SPOOL", str(tmp_path / "spool"))
     monkeypatch.setenv("RANKGATE_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("RANKGATE_MODE", "offline")
+    monkeypatch.setenv("RANKGATE_CAPTURE_SOURCE", "0")
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     yield
     for run in list(exits.live):
@@ -380,8 +381,9 @@ def test_exits_keep_their_code(ending: str, code: int, status: str, tmp_path: Pa
     )
     assert out.returncode == code, out.stderr
     [directory] = (tmp_path / "spool" / "r").iterdir()
-    row, end = on_disk(directory)
+    row, *printed, end = on_disk(directory)
     assert row.values == {"a": 1.0}
+    assert {w.values["l"] for w in printed} <= {"stderr"}
     assert end.values["status"] == status
     assert ("boom" in end.values["text"]) == ("boom" in ending)
 
