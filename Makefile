@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 STAMP := $(VENV)/.ready
 
-.PHONY: demo test check bench clean setup simulate mutants fuzz crashpoints kill kill-sinks proxy outage copies overhead
+.PHONY: demo test check bench clean setup simulate mutants fuzz crashpoints kill kill-sinks faults proxy outage copies overhead differential ultralytics
 
 # torch by its exact version and on its own: only so is the CPU build found.
 $(STAMP): pyproject.toml constraints.txt
@@ -23,8 +23,9 @@ demo: $(STAMP)
 	  rankgate run -- torchrun --standalone --nproc-per-node 4 examples/digits.py
 	@echo "(the command is $(BIN)/rankgate, or: source $(BIN)/activate)"
 
+# Most tests wait for processes and time-outs, so that three at once take a third of the time.
 test: $(STAMP)
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n 3
 
 check: $(STAMP)
 	@$(BIN)/ruff format --check --quiet .
@@ -44,8 +45,16 @@ mutants: $(STAMP)
 	@$(BIN)/python -m tests.simulator --mutants
 
 # Trials with real processes; SEED=n plays one again.
-overhead kill kill-sinks proxy outage copies fuzz crashpoints: $(STAMP)
+overhead kill kill-sinks faults proxy outage copies fuzz crashpoints: $(STAMP)
 	@$(BIN)/python -m tests.trials.$(subst -,_,$@) $(if $(SEED),--seed $(SEED))
 
+# Ultralytics' own callbacks against the gateway, on stand-in servers (about ten minutes).
+differential: $(STAMP)
+	@$(BIN)/python -m tests.differential $(CASES)
+
+# Trainings of every version of Ultralytics that is supported, each in its own environment.
+ultralytics: $(STAMP)
+	@ULTRALYTICS_VERSIONS="$(or $(VERSIONS),8.2.50 8.3.253 8.4.190)" $(BIN)/python -m pytest -q tests/integrations
+
 clean:
-	rm -rf $(VENV) bench/.venv-bench .rankgate bench/out build dist *.egg-info .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-ultralytics-* bench/.venv-bench .rankgate bench/out build dist *.egg-info .mypy_cache .ruff_cache

@@ -1,4 +1,5 @@
-"""Points a second that reach each backend, through our sink and through the vendor's own calls.
+"""Points a second that reach each backend, through our sink and through the vendor's own calls,
+and the memory of the process that sends them.
 
 The backends are the stand-ins of `tests/servers`, each in a process of its own on this machine:
 what is measured is the client and the requests it makes, not a network or a real server.
@@ -26,9 +27,11 @@ CASES = {
     ("clearml", "calls"): 500,
     ("neptune", "sink"): 5_000,
     ("neptune", "calls"): 500,
-    ("hub", "sink"): 1_000,
+    ("hub platform", "sink"): 1_000,
+    ("hub legacy", "sink"): 1_000,
 }
-CALLS = {"clearml": "Logger.report_scalar, flush", "neptune": "run[key].append, wait", "hub": ""}
+CALLS = {"clearml": "Logger.report_scalar, flush", "neptune": "run[key].append, wait"}
+KEPT = ("arrived", "sent", "cpu_us_per_point", "memory")
 WAIT_SECONDS = 180
 #: its start and its flush take 10 s each, whatever the number of points
 TOO_SLOW_FOR_QUICK = ("clearml", "calls")
@@ -43,7 +46,7 @@ def run(directory: Path, quick: bool) -> dict[str, Any]:
             if quick and (backend, how) == TOO_SLOW_FOR_QUICK:
                 continue
             n = max(50, rows // 5) if quick else rows
-            folder = directory / f"{backend}-{how}-{round_}"
+            folder = directory / f"{backend}-{how}-{round_}".replace(" ", "-")
             folder.mkdir()
             found[backend, how].append(_once(backend, how, n, folder))
     backends = dict.fromkeys(backend for backend, _ in CASES)
@@ -94,7 +97,8 @@ def _once(backend: str, how: str, rows: int, folder: Path) -> dict[str, Any]:
     rate = arrived / result["seconds"]
     cpu = {"client": result["cpu_s"], "server": server_s}
     cpu_us = {name: round(s / arrived * 1e6, 1) for name, s in cpu.items()} if arrived else {}
-    return {"rate": rate, "arrived": arrived, "sent": rows * KEYS, "cpu_us_per_point": cpu_us}
+    of_points = {"rate": rate, "arrived": arrived, "sent": rows * KEYS}
+    return of_points | {"cpu_us_per_point": cpu_us, "memory": result["memory"]}
 
 
 def _clean_environment(folder: Path) -> dict[str, str]:
@@ -117,7 +121,7 @@ def _summary(backend: str, found: dict[tuple[str, str], list[dict[str, Any]]]) -
         good = [r for r in rounds if "rate" in r]
         if good:
             out[how] = {"rate": round(statistics.median(r["rate"] for r in good))}
-            out[how] |= {name: good[-1][name] for name in ("arrived", "sent", "cpu_us_per_point")}
+            out[how] |= {name: good[-1][name] for name in KEPT}
         elif rounds:
             out[how] = {"problem": rounds[-1]["problem"]}
     if "calls" in out:
@@ -128,7 +132,8 @@ def _summary(backend: str, found: dict[tuple[str, str], list[dict[str, Any]]]) -
 
 
 def _table(out: dict[str, Any]) -> None:
-    say("\nsinks, points/s         sink    vendor's calls   times")
+    say("\nsinks, points/s         sink    vendor's calls   times   RSS of the sink's process, MB")
     for name, result in out.items():
         sink, calls = (result.get(how, {}).get("rate", "–") for how in ("sink", "calls"))
-        say(f"{name:16}{sink:>12}{calls:>18}{result['times_faster'] or '–':>8}")
+        peak = result.get("sink", {}).get("memory", {}).get("peak_mb", "–")
+        say(f"{name:16}{sink:>12}{calls:>18}{result['times_faster'] or '–':>8}{peak:>10}")

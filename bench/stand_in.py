@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable
 
 from tests.servers.clearml import ClearmlServer
+from tests.servers.hub_legacy import KEY as LEGACY_KEY
+from tests.servers.hub_legacy import HubLegacyServer
 from tests.servers.neptune import NeptuneServer, token
 from tests.servers.platform import KEY, PlatformServer
 
@@ -22,7 +24,7 @@ def _neptune(server: NeptuneServer) -> int:
     return sum(len(p) for id_ in server.runs for p in server.series(id_).values())
 
 
-def _hub(server: PlatformServer) -> int:
+def _hub(server: PlatformServer | HubLegacyServer) -> int:
     return sum(len(v) for m in server.models.values() for v in m.metrics.values())
 
 
@@ -42,10 +44,14 @@ def main() -> None:
             env = {"NEPTUNE_API_TOKEN": token(neptune.url), "NEPTUNE_PROJECT": "team/bench"}
             env["OAUTHLIB_INSECURE_TRANSPORT"] = "1"
             _serve(neptune, env, lambda: _neptune(neptune))
+    elif name == "hub platform":
+        with PlatformServer() as platform:
+            env = {"ULTRALYTICS_API_KEY": KEY, "ULTRALYTICS_PLATFORM_URL": platform.url}
+            _serve(platform, env, lambda: _hub(platform))
     else:
-        with PlatformServer() as hub:
-            env = {"ULTRALYTICS_API_KEY": KEY, "ULTRALYTICS_PLATFORM_URL": hub.url}
-            _serve(hub, env, lambda: _hub(hub))
+        with HubLegacyServer() as legacy:
+            env = {"HUB_API_KEY": LEGACY_KEY, "ULTRALYTICS_HUB_API": legacy.url}
+            _serve(legacy, env, lambda: _hub(legacy))
 
 
 if __name__ == "__main__":

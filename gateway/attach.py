@@ -156,6 +156,15 @@ def progress(root: Path, run: str) -> Progress:
     return Progress(run, projected, waiting)
 
 
+def delivered(run_dir: Path, name: str, mode: str) -> bool:
+    """Is there nothing left to do for this sink, whoever did it?"""
+    try:
+        with Reader(run_dir) as reader:
+            return fresh(run_dir, name, reader, mode == "offline")
+    except (apsw.Error, KeyError):
+        return False
+
+
 def _is_off(run_dir: Path, name: str, mode: str) -> bool:
     path = run_dir / "sinks" / store_name(name, mode)
     try:

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import msgspec
 
 from .errors import BadConfig
-from .sinks.registry import CONFIGS, SinkConfig
+from .sinks import registry
+from .sinks.base import SinkConfig
 
 
 class GatewayConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -25,6 +26,11 @@ class GatewayConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     reserve_mib: Annotated[int, msgspec.Meta(ge=0)] = 256
     #: GiB that a run's journal and files may fill; 0: the whole disk
     run_quota_gib: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    #: which checkpoints of a run stay once its sinks have them: all, of each name and rank the
+    #: newest best, or the newest; final ones always do
+    checkpoints: Literal["all", "best", "last"] = "all"
+    #: GiB that a run's checkpoints may fill; 0: no cap. The newest and final ones stay
+    checkpoints_gib: Annotated[float, msgspec.Meta(ge=0)] = 0.0
     max_sink_processes: int = 8
 
 
@@ -72,12 +78,18 @@ def build(raw: dict[str, Any], source: str, extra_sinks: tuple[str, ...] = ()) -
             tables[name] = {**_table(tables.get(name, {}), f"sinks.{name}", source), "mode": mode}
         else:
             tables.setdefault(name, {})
-    _known(tables, "sinks.", tuple(CONFIGS), source)
+    _known(tables, "sinks.", tuple(registry.names()), source)
     gateway = _convert(raw.get("gateway", {}), GatewayConfig, "gateway", source)
-    sinks = {
-        name: _convert(t, CONFIGS[name], f"sinks.{name}", source) for name, t in tables.items()
-    }
+    sinks = {name: _sink(name, table, source) for name, table in tables.items()}
     return Config(gateway, sinks, source)
+
+
+def _sink(name: str, table: Any, source: str) -> SinkConfig:
+    type_: Any = registry.kind(name).config
+    if type_ is registry.BrokenConfig:
+        return registry.BrokenConfig()
+    found: SinkConfig = _convert(table, type_, f"sinks.{name}", source)
+    return found
 
 
 def _table(value: Any, path: str, source: str) -> dict[str, Any]:

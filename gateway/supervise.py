@@ -29,6 +29,7 @@ from rank_client.wire.records import BadRecord, read_head, unpack_map
 from . import parent
 from .config import Config
 from .series.reader import Reader
+from .sinks import keep, requests
 from .sinks.loop import ENDED
 from .sinks.process import BUSY, OFF, fresh
 from .sinks.store import store_name
@@ -42,6 +43,7 @@ LINGER_SECONDS = 3.0  #: with nothing to do, before a detached gateway leaves
 UNUSED_SECONDS = 60.0  #: the same when nobody ever came
 STALE_SECONDS = 3.0
 LOOK_SECONDS = 1.0
+KEEP_SECONDS = 2.0  #: between two looks for checkpoints that policy drops
 BIND_FAILED = 69  #: exit code of ingest; the message is in its log
 
 log = logging.getLogger("rankgate")
@@ -64,14 +66,17 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _marks(run_dir: Path, store: str) -> tuple[int, ...]:
     """When the files that decide whether a sink has work were written."""
-    out = []
+    out = [_mtime_ns(run_dir / "requests")]
     for path in (run_dir / "series.db", run_dir / "sinks" / store):
-        for suffix in ("", "-wal"):
-            try:
-                out.append(Path(f"{path}{suffix}").stat().st_mtime_ns)
-            except OSError:
-                out.append(0)
+        out += [_mtime_ns(Path(f"{path}{suffix}")) for suffix in ("", "-wal")]
     return tuple(out)
+
+
+def _mtime_ns(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
 
 
 @dataclass
@@ -266,6 +271,9 @@ class Supervisor:
         self._begun = time.monotonic()
         self._stopping = False
         self._look_at = 0.0
+        self._keep_at = 0.0
+        cap_bytes = int(config.gateway.checkpoints_gib * (1 << 30))
+        self._policy = keep.Policy(config.gateway.checkpoints, cap_bytes)
         self._asked: set[str] = set()
         self._no_work: dict[tuple[str, str], tuple[int, ...]] = {}
         self._unfinished = self._find_unfinished()
@@ -338,6 +346,22 @@ class Supervisor:
         for run in self._runs():
             for name in self.config.sinks:
                 self._look_after_sink(now, run, name)
+        if now >= self._keep_at and not self._policy.keeps_all:
+            self._keep_at = now + KEEP_SECONDS
+            self._drop_checkpoints()
+
+    def _drop_checkpoints(self) -> None:
+        """Of the runs looked after, what policy does not keep and no sink waits for."""
+        for run in self._runs():
+            run_dir = self.root / "runs" / run
+            stores = [
+                run_dir / "sinks" / store_name(name, sink.mode)
+                for name, sink in self.config.sinks.items()
+            ]
+            try:
+                keep.drop_surplus(run_dir, self._policy, stores)
+            except (apsw.Error, KeyError, OSError) as error:
+                log.debug("checkpoints of run %s stay for now: %s", run, error)
 
     def _runs(self) -> list[str]:
         """The runs this gateway looks after: those it serves, those it left unfinished, and those
@@ -363,7 +387,7 @@ class Supervisor:
         running = sum(c.process is not None for c in self._sinks.values())
         if (
             (child and (child.process or now < child.start_at))
-            or (run, name) in self._off
+            or self._is_off(run, name)
             or running >= self.config.gateway.max_sink_processes
             or not self._has_work(run, name)
         ):
@@ -376,6 +400,14 @@ class Supervisor:
             child = Child(gateway_command("sink", run_dir, name, packed, how))
             self._sinks[run, name] = child
         child.start(self._sink_environ, now)
+
+    def _is_off(self, run: str, name: str) -> bool:
+        """A sink that said so is let be, until a person asks it for something."""
+        off = (run, name) in self._off
+        if off and requests.waiting(self.root / "runs" / run, name):
+            self._off.discard((run, name))
+            return False
+        return off
 
     def _has_work(self, run: str, name: str) -> bool:
         """Asked several times a second, so answered from memory while no file has changed."""

@@ -22,6 +22,7 @@ from typing import Any
 from gateway.ingest.media import blob_path
 from gateway.journal.writer import Journal, Mark
 from gateway.rules.follow import rebuild
+from gateway.sinks.quarantine import Kept
 from gateway.sinks.store import Store
 from rank_client.values import column_type
 from rank_client.wire import frames
@@ -295,9 +296,10 @@ class RunBuilder:
     ) -> RunBuilder:
         """A sink's file."""
         store = Store(self.path / "sinks" / f"{name}.db")
+        kept = Kept("rows", bytes(16), 1, "a", quarantined, "a step 1 rank 0", "refused")
         store.receipt(
             delivered=delivered, skipped=dict(skipped or {}), maybe_duplicate=0, spans={}, media=[],
-            quarantine=[(quarantined, "metric", "refused by the backend")] if quarantined else [],
+            quarantine=[kept] if quarantined else [],
             intended={}, about={"state": state, **about},
         )  # fmt: skip
         store.close()

@@ -20,3 +20,4 @@ def own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANKGATE_SPOOL", str(tmp_path / "spool"))
     monkeypatch.setenv("RANKGATE_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("RANKGATE_CAPTURE_SOURCE", "0")  # a record at a moment of its own

@@ -16,7 +16,7 @@ from rank_client.spool_place import spool_root
 
 from .. import attach
 from ..errors import NotServed
-from .options import DEFAULT_DIR, ConfigFile, Dir, Json, Sinks, settings_of
+from .options import DEFAULT_DIR, ConfigFile, Dir, Json, Sinks, replay_lines, settings_of
 
 FRESH_SECONDS = 5.0
 
@@ -39,24 +39,30 @@ def command(
     """
     root = directory.absolute()
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    settings_of(root, config, tuple(sink or ()))
+    settings = settings_of(root, config, tuple(sink or ()))
+    config_path = str(config.absolute()) if config else ""
     deadline = time.monotonic() + seconds
-    served = partial(_serve, root, str(config.absolute()) if config else "", tuple(sink or ()))
+    served = partial(_serve, root, config_path, tuple(sink or ()))
     with attach.hold(root):
         served(deadline)
         waited = wait_shipped(root, deadline) and served(deadline)
         runs = attach.ask_delivery(root)
         done = attach.wait_done(root, lambda: runs, max(1.0, deadline - time.monotonic()), _quiet)
         states = [attach.progress(root, run) for run in runs]
+        lacking = replay_lines(root, settings, config_path, runs)
+    done = done and waited and not lacking
     if as_json:
         each = {s.run: {"done": s.done, "waiting": list(s.waiting)} for s in states}
-        typer.echo(json.dumps({"done": done and waited, "runs": each}))
+        typer.echo(json.dumps({"done": done, "runs": each, "replay": lacking}))
     else:
         for state in states:
             what = "delivered" if state.done else f"waiting for {', '.join(state.waiting)}"
             typer.echo(f"run {state.run}: {what}")
-        typer.echo("all is delivered" if done and waited else "not all is delivered; run it again")
-    raise typer.Exit(0 if done and waited else 1)
+        for line in lacking:
+            typer.echo(f"the gateway that was here does not have this sink. To deliver: {line}")
+        left = "" if lacking else "; run it again"
+        typer.echo("all is delivered" if done else f"not all is delivered{left}")
+    raise typer.Exit(0 if done else 1)
 
 
 def _serve(root: Path, config: str, sinks: tuple[str, ...], deadline: float) -> bool:

@@ -19,8 +19,8 @@ from ..view.words import clean
 
 #: in the order of `rankgate --help`; one that is not installed is left out
 COMMANDS = (
-    "run", "serve", "status", "runs", "show", "tail", "query", "drain", "sweep", "replay", "keys",
-    "doctor",
+    "run", "serve", "status", "runs", "show", "tail", "query", "drain", "sweep", "replay", "sinks",
+    "keys", "doctor",
 )  # fmt: skip
 
 INTERRUPTED = 130

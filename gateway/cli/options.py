@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +13,7 @@ import typer
 
 from rank_client.spool_place import spool_root
 
+from .. import attach
 from ..config import Config, load
 from ..errors import BadConfig
 
@@ -48,6 +51,25 @@ def settings_of(root: Path, config: Path | None, sinks: tuple[str, ...]) -> Conf
     """The config a gateway of this directory would have. Raises BadConfig."""
     path = config or root / "gateway.toml"
     return load(path if config or path.exists() else None, sinks)
+
+
+def replay_lines(root: Path, settings: Config, config: str, runs: Iterable[str]) -> list[str]:
+    """For each sink that the directory's gateway was not started with, and each run: the command
+    that delivers it all the same, as it is typed here."""
+    there = attach.sinks_of(root)
+    lines = []
+    for name, sink in settings.sinks.items():
+        for run in runs:
+            if there.get(name) == sink.mode or attach.delivered(
+                root / "runs" / run, name, sink.mode
+            ):
+                continue
+            to = f"{name}=offline" if sink.mode == "offline" else name
+            words = ["rankgate", "replay", run, "--to", to]
+            words += ["--dir", str(root)] if root != DEFAULT_DIR.absolute() else []
+            words += ["--config", config] if config else []
+            lines.append(shlex.join(words))
+    return lines
 
 
 def ranks_of(text: str) -> frozenset[int] | None:

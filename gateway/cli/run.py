@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from rank_client import sweep
+from rank_client.integrations.ultralytics_hook import SWITCH, hooked
 from rank_client.spool_place import spool_root
 from rank_client.tool import tell_exit
 from rank_client.wire.keys import key_of
@@ -26,7 +27,7 @@ from ..nodes import Nodes, nodes_of
 from ..supervise import read_json
 from ..view.queries import shown
 from ..view.summary import summary_lines
-from .options import DEFAULT_DIR, ConfigFile, Dir, Sinks, settings_of
+from .options import DEFAULT_DIR, ConfigFile, Dir, Sinks, replay_lines, settings_of
 
 #: what follows the command's name is its own, with or without `--` before it
 CONTEXT_SETTINGS = {"allow_interspersed_args": False}
@@ -61,6 +62,14 @@ def command(
         typer.Option(help='Where other nodes reach the gateway; "tcp://ADDRESS:PORT".'),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Only the summary.")] = False,
+    ultralytics: Annotated[
+        bool,
+        typer.Option(
+            "--ultralytics",
+            envvar=SWITCH,
+            help="Log the command's Ultralytics trainings, in every rank; no change of its code.",
+        ),
+    ] = False,
 ) -> None:
     """Run a training command with a gateway beside it.
 
@@ -74,9 +83,12 @@ def command(
     Examples:
       rankgate run -- torchrun --standalone --nproc-per-node 4 train.py
       rankgate run --sink clearml --sink neptune=offline -- python train.py
+      rankgate run --ultralytics -- yolo train model=yolo11n.yaml data=coco8.yaml device=0,1
     """
     root = directory.absolute()
     launch = Launch(root, nodes_of(words, os.environ), run, quiet)
+    if ultralytics:
+        launch.environ = hooked(launch.environ)
     with attach.hold(root):
         settings = launch.prepare(config, tuple(sink or ()), bind)
         code = launch.go(words)
@@ -282,9 +294,9 @@ class Launch:
             if not runs:
                 say("the command logged nothing through rankgate")
                 return
-            for name in settings.sinks.keys() - attach.sinks_of(self.root).keys():
-                say(f"the gateway that was here already has no sink {name}; deliver with: "
-                    f"rankgate replay {runs[0]} --to {name}")  # fmt: skip
+            config = self.environ.get("RANKGATE_CONFIG", "")
+            for line in replay_lines(self.root, settings, config, runs):
+                say(f"the gateway that was here does not have this sink. To deliver: {line}")
             self._wait(runs, settings)
             for run in runs:
                 seen = shown(self.root / "runs" / run, time.time_ns(), spool_root(self.environ))

@@ -38,7 +38,8 @@ def command(
 
     --json gives an object: view (the run as `status --json` tells it, with its ranks, problems,
     accounting and sinks), attempt, step, keys (key, step, ranks, expected, mean, min, min_rank,
-    max, max_rank, same, values, spark, not_finite), all_keys, summary.
+    max, max_rank, same, values, spark, not_finite), all_keys, summary, files (rank, step, what,
+    key, name, size_bytes, sha256, lost).
     """
     run_dir = find_run(directory, run)
     found = shown(run_dir, time.time_ns(), spool(), keys or ["*"])

@@ -20,7 +20,8 @@ from .options import DEFAULT_DIR, Dir, Json, Ranks, RunName, ranks_of, write
 
 FOLLOW_SECONDS = 0.25
 OVER = ("completed", "failed")
-_LEVEL_STYLES = {"warning": "yellow", "error": "red", "critical": "bold red"}
+_UNSAID = ("", "info", "stdout")
+_LEVEL_STYLES = {"stderr": "dim", "warning": "yellow", "error": "red", "critical": "bold red"}
 
 Row = tuple[int, int, int, int | None, str, str]
 
@@ -46,14 +47,15 @@ def command(
     directory: Dir = DEFAULT_DIR,
     as_json: Json = False,
 ) -> None:
-    """Print the newest lines of text that ranks logged, oldest first.
+    """Print the newest lines of text that ranks logged or printed, oldest first.
 
     \b
     Examples:
       rankgate tail 7f3a --rank 37
       rankgate tail 7f3a --follow --lines 0
 
-    --json gives one object per line: rank, node, time_ns, step, level, text.
+    --json gives one object per line: rank, node, time_ns, step, level (of a printed line stdout or
+    stderr), text.
     """
     run_dir, chosen = find_run(directory, run), ranks_of(rank)
     out = console()
@@ -119,7 +121,7 @@ def _json_line(line: Line) -> str:
 
 
 def _print(out: Console, line: Line, ranks: int, width: int) -> None:
-    level = "" if line.level in ("info", "") else f"{clean(line.level).upper()} "
+    level = "" if line.level in _UNSAID else f"{clean(line.level).upper()} "
     # The lines of one text stay together; each is safe on its own.
     for i, part in enumerate(line.text.splitlines() or [""]):
         head = Text().append(clock(line.wall_ns), "dim")

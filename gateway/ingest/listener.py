@@ -12,7 +12,7 @@ import signal
 import socket as sockets
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ from rank_client.wire.records import Kind
 from .. import parent
 from ..journal.writer import Journal, JournalDamaged, SyncFailed
 from ..rules.gate import Gate
+from . import drop
 from .admission import KEYS_DIR, PEER_PREFIX, Guarded, self_test, server_public
 from .limits import Limits, Watch
+from .media import Blob, Job, blob_path, is_sha256
 from .peers import FULL_ERRNOS, Peers, Reply
 from .streams import Stream
 from .worker import Worker
@@ -123,6 +125,7 @@ class Ingest:
     stop_runs: frozenset[str] = frozenset()
     guarded: Guarded | None = None  #: what comes over the network, when anything may
     pending_since: float = 0.0
+    dropping: set[tuple[str, str]] = field(default_factory=set)  #: files on their way out
     no_room: frozenset[str] = frozenset()  #: runs whose last commit found no room
 
     def run(self) -> None:
@@ -195,6 +198,8 @@ class Ingest:
         """What the files' thread has done since."""
         out: list[Reply] = []
         for job in self.worker.done():
+            if job.verb == "drop":
+                self.dropping.discard((job.blob.run, job.blob.sha256))
             self.peers.done(self.clock_ns(), job, out)
         self._send(out)
         if not self.pending_since:
@@ -251,6 +256,7 @@ class Ingest:
             if run not in self.no_room:
                 self.store.journal(run).append_map(Kind.TICK, now_ns, body)
         self._commit()
+        self._drop_files(now_ns)
         self._look_at_links(now_ns)
         self._tell_live(now_ns, set(ticks))
         self.store.rest({s.run for s in self.peers.streams.values()}, time.monotonic())
@@ -262,6 +268,34 @@ class Ingest:
             if (self.store.directory(run) / "requests" / "stop").exists()
         )
 
+    def _drop_files(self, now_ns: int) -> None:
+        """Enter in the journal what policy drops, then have it removed."""
+        for request in self.store.root.glob(f"runs/*/requests/{drop.REQUEST}"):
+            run_dir = request.parent.parent
+            cursor, reasons = drop.take(request)
+            try:
+                journal = self.store.journal(run_dir.name)
+            except (JournalDamaged, OSError):
+                continue  # said when a rank asks for it
+            if cursor < self.peers.newest_blob.setdefault(run_dir.name, journal.seq):
+                continue  # who asked did not know of all files
+            for sha256, reason in reasons.items():
+                if is_sha256(sha256) and blob_path(run_dir, sha256).exists():
+                    self._drop_file(now_ns, run_dir, sha256, reason)
+
+    def _drop_file(self, now_ns: int, run_dir: Path, sha256: str, reason: str) -> None:
+        run = run_dir.name
+        file = run, sha256
+        if file in self.dropping or run in self.no_room or not self.peers.let_go(run, sha256):
+            return
+        body = {"sha256": sha256, "reason": reason}
+        self.store.journal(run).append_map(Kind.DROP, now_ns, body)
+        self._commit()
+        if run not in self.no_room:  # else it is said, and asked for again
+            self.dropping.add(file)
+            blob = Blob.announced(self.store.disk, run, run_dir, sha256, 0)
+            self.worker.put(Job(b"", blob, "drop"))
+
     def _look_for_replaced(self) -> None:
         """What is written to a deleted journal is seen by nobody: its ranks say HELLO to the one
         that is there now, and send it what they keep."""
@@ -269,6 +303,7 @@ class Ingest:
             if not is_at(*journal.file):
                 log.error("somebody deleted or replaced the journal of run %s; going on", run)
                 self.peers.forget(run)
+                self.peers.newest_blob.pop(run, None)
                 self.store.drop(run)
 
     def _look_at_limits(self) -> None:
@@ -489,6 +524,7 @@ def serve(
     worker.start()
     stop_asked = lambda run: run in ingest.stop_runs  # noqa: E731
     peers = Peers(session, store, budget_bytes, stop_asked, worker.put)
+    peers.is_near = lambda peer: not peer.startswith(PEER_PREFIX)
     guarded = guard(root, addresses, key) if key else None
     plain = [a for a in addresses if not (guarded and a.startswith("tcp://"))]
     watch = Watch(root, limits or Limits())

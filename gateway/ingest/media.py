@@ -7,6 +7,7 @@ and nobody who waits for an acknowledgement may wait for it.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +16,13 @@ from typing import Any, Literal
 from rank_client.wire.disk import Disk, OsDisk
 from rank_client.wire.segments import sync_names
 
+from . import nearby
+
 CHUNK_BYTES = 256 << 10  #: as the client cuts them
 SYNC_BYTES = 4 << 20  #: so much unsynced at most: a journal's sync may have to wait for it
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
-Verb = Literal["open", "write", "finish", "close"]
+Verb = Literal["open", "write", "finish", "close", "drop"]
 
 
 class BadBlob(ValueError):
@@ -28,6 +31,10 @@ class BadBlob(ValueError):
 
 class BlobLost(OSError):
     """The disk could not say that it has what was written of a file: its part file is gone."""
+
+
+def is_sha256(text: str) -> bool:
+    return bool(_SHA256.fullmatch(text))
 
 
 def blob_path(run_dir: Path, sha256: str) -> Path:
@@ -44,6 +51,7 @@ class Blob:
     path: Path
     high_water: int = 0
     whole: bool = False
+    near: str = ""  #: where a rank of this node keeps the same bytes
     disk: Disk = field(default_factory=OsDisk)
     _fd: int = -1
     _digest: Any = None
@@ -80,6 +88,38 @@ class Blob:
         for n in range(whole):
             self._digest.update(self.disk.pread(self._fd, CHUNK_BYTES, n * CHUNK_BYTES))
         self.high_water = whole
+        if self.near and not whole:
+            self._bring()
+
+    def _bring(self) -> None:
+        """Take the bytes from the rank's own disk. Where that does not work, nothing has come, and
+        they are asked for as chunks. Raises OSError."""
+        try:
+            source = nearby.open_near(self.near, self.size_bytes)
+        except OSError:
+            return
+        try:
+            if nearby.has_room(self._fd, self.size_bytes):
+                self._copy(source)
+        finally:
+            os.close(source)
+        if self._digest.hexdigest() == self.sha256:
+            self.high_water = self.chunks
+        else:
+            self.disk.truncate(self._fd, 0)
+            self._digest = hashlib.sha256()
+
+    def _copy(self, source: int) -> None:
+        cloned = nearby.clone(source, self._fd)
+        for at, piece in nearby.pieces(self._fd if cloned else source):
+            self._digest.update(piece)
+            if cloned:
+                continue
+            if self.disk.write_at(self._fd, piece, at) != len(piece):
+                raise OSError(28, "No space left on device")
+            self._unsynced_bytes += len(piece)
+            if self._unsynced_bytes >= SYNC_BYTES:
+                self._sync()
 
     def write(self, number: int, piece: bytes | memoryview) -> None:
         """The next chunk. Raises BadBlob for one that cannot be right, OSError."""
@@ -123,6 +163,12 @@ class Blob:
         self.close()
         self.disk.unlink(self._part)
 
+    def drop(self) -> None:
+        """Remove the whole file. Raises OSError."""
+        if self.disk.exists(str(self.path)):
+            self.disk.unlink(str(self.path))
+            sync_names(self.disk, str(self.path.parent), above=0)
+
     def close(self) -> None:
         if self._fd >= 0:
             self.disk.close(self._fd)
@@ -150,6 +196,8 @@ class Job:
                 self.blob.open()
             elif self.verb == "finish":
                 self.blob.finish()
+            elif self.verb == "drop":
+                self.blob.drop()
             else:
                 self.blob.close()
         except Exception as error:  # the thread that runs it must live, and the peer be answered

@@ -67,8 +67,10 @@ class Peers:
         """`work` takes a job to another thread; without it files are worked on at once."""
         self.session = session
         self.streams: dict[bytes, Stream] = {}
+        self.newest_blob: dict[str, int] = {}  #: run → the entry that told of its newest file
         self.counts: dict[str, int] = {}
         self.duplicates: dict[str, int] = {}  #: run → records that were already stored
+        self.is_near: Callable[[bytes], bool] = lambda _: False  #: a peer of this node and user
         self.crowded = False  #: no descriptor is left for another run or file
         self._full = False
         self._over_quota: frozenset[str] = frozenset()
@@ -291,7 +293,7 @@ class Peers:
     def _new_stream(self, now_ns: int, peer: bytes, id_: bytes, body: dict[str, Any]) -> Stream:
         """Raises Rejected, OSError."""
         run, kind = body["run"], body["kind"]
-        blob = self._announced(body) if kind == "blob" else None
+        blob = self._announced(peer, body) if kind == "blob" else None
         if self.crowded and (blob or all(s.run != run for s in self.streams.values())):
             text = "the gateway has no descriptor left for another run or file"
             raise Rejected(Code.CROWDED, text, RETRY_SECONDS)
@@ -309,7 +311,7 @@ class Peers:
         self.streams[id_] = stream
         return stream
 
-    def _announced(self, body: dict[str, Any]) -> Blob:
+    def _announced(self, peer: bytes, body: dict[str, Any]) -> Blob:
         run, sha256 = body["run"], body.get("sha256")
         directory = self._runs.directory(run)
         try:
@@ -319,6 +321,9 @@ class Peers:
         for other in self.streams.values():  # two writers of one part file would spoil it
             if other.file and other.run == run and other.file.blob.sha256 == sha256:
                 raise Rejected(Code.STREAM, "another stream is bringing this file", RETRY_SECONDS)
+        path = body.get("path")
+        if isinstance(path, str) and self.is_near(peer) and not self._full:
+            blob.near = path if run not in self._over_quota else ""
         return blob
 
     def _open(self, now_ns: int, journal: Journal, id_: bytes, body: dict[str, Any]) -> None:
@@ -448,10 +453,20 @@ class Peers:
         blob = file.blob
         for of, media in file.refs:
             entry = {"stream": of, "media": media, "sha256": blob.sha256, "size": blob.size_bytes}
-            stream.journal.append_map(Kind.BLOB, now_ns, entry)
+            self.newest_blob[blob.run] = stream.journal.append_map(Kind.BLOB, now_ns, entry)
         file.refs.clear()
         stream.bye_peer = stream.peer
         self._dirty[stream.id] = stream
+
+    def let_go(self, run: str, sha256: str) -> bool:
+        """Forget that a file is here, as it is about to go; False while somebody brings it."""
+        mine = (s for s in self.streams.values() if s.run == run)
+        found = [s for s in mine if s.file and s.file.blob.sha256 == sha256]
+        if any(not stream.ended for stream in found):
+            return False
+        for stream in found:
+            self._drop(stream)
+        return True
 
     def _drop(self, stream: Stream) -> None:
         if self.streams.get(stream.id) is stream:

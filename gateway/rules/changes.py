@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+SYSTEM = "system/"  #: how the keys of machine metrics begin
+
 
 @dataclass(slots=True, eq=False)
 class Stream:
@@ -47,6 +49,11 @@ class Layout:
     take: npt.NDArray[np.int64] | None
     columns: tuple[tuple[str, str], ...]
 
+    @property
+    def kind(self) -> str:
+        """What the rules call its points; a machine's own metrics stand in rows of their own."""
+        return "system" if all(key.startswith(SYSTEM) for key, _ in self.columns) else "metric"
+
 
 @dataclass(slots=True)
 class Changes:
@@ -63,6 +70,8 @@ class Changes:
     maps: list[tuple[Any, ...]] = field(default_factory=list)
     media: list[tuple[Any, ...]] = field(default_factory=list)
     blobs: list[tuple[str, int, int, int]] = field(default_factory=list)
+    #: (how many of `blobs` came before, sha256, reason)
+    dropped: list[tuple[int, str, str]] = field(default_factory=list)
     lost_media: list[tuple[str, int, int]] = field(default_factory=list)
     losses: list[tuple[Any, ...]] = field(default_factory=list)
     quarantine: list[tuple[Any, ...]] = field(default_factory=list)

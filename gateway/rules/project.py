@@ -44,6 +44,7 @@ ITEM_KINDS = {
     Kind.SUMMARY: "summary",
     Kind.MEDIA: "media",
 }
+CONSOLE = ("console", "console-err")  #: `k` of a line that was printed, and not logged as text
 UNREADABLE = "not readable in the journal"
 ANOTHER_JOURNAL = "streams acknowledged by another journal"
 NEVER_CAME = "media lost (its bytes never came)"
@@ -124,6 +125,10 @@ class Projection:
             return
         if kind == Kind.TICK:
             self._tick(body)
+            return
+        if kind == Kind.DROP:
+            told = len(self._changes.blobs), str(body["sha256"]), str(body["reason"])
+            self._changes.dropped.append(told)
             return
         stream = self.streams.get(body.get("stream", b""))
         if kind == Kind.BLOB:
@@ -415,11 +420,13 @@ class Projection:
     def _account_rows(self, keyset: int, piece: Piece) -> None:
         stream, n = piece.stream, piece.n
         at = (n - 1) * piece.layout.row_bytes + HEADER_BYTES
-        if piece.position > self._newest.get(stream.index, 0):  # key sets come one after another
+        kind = piece.layout.kind
+        newer = piece.position > self._newest.get(stream.index, 0)  # key sets come one by one
+        if newer and kind == "metric":  # the others count their own steps
             self._newest[stream.index] = piece.position
             stream.last_step, stream.last_wall_ns = _STEP_WALL.unpack_from(piece.data, at)
         stream.projected += n
-        rule = self._gated("metric", stream.rank, n * len(piece.layout.columns))
+        rule = self._gated(kind, stream.rank, n * len(piece.layout.columns))
         if rule:
             last = piece.first + n - 1
             ref = (piece.entry, "rows", keyset, stream.index, piece.first, last, rule)
@@ -483,6 +490,7 @@ class Projection:
                 self._whole_media(entry, stream, head.seq, rule, told)
             return
         if kind == "text":
+            kind = "console" if str(body.get("k", "")) in CONSOLE else kind
             self._changes.texts.append((*where, step, str(body["l"]), str(body["t"])))
         else:
             self._changes.maps.append((kind, *where, _map(body["v"])))

@@ -263,6 +263,10 @@ class Reader:
         )
         return [_media_row(row) for row in rows]
 
+    def media_passed(self) -> set[tuple[int, int]]:
+        """(stream, seq) of the files that the rules let pass to sinks."""
+        return set(fetch(self._db, "SELECT stream, seq FROM media WHERE rule != ''"))
+
     def losses(self) -> list[tuple[int, int, int, int, str]]:
         """(stream, first, last, n, reason)."""
         return fetch(self._db, "SELECT stream, first, last, n, reason FROM loss")
@@ -419,6 +423,14 @@ class Reader:
             (after, limit),
         )
         return [FeedEntry(*row) for row in rows]
+
+    def stretches(
+        self, stream: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(first, last, keyset) of each stretch of a stream's rows that passed."""
+        sql = "SELECT first, last, keyset FROM feed WHERE kind = 'rows' AND stream = ?"
+        found = np.array(fetch(self._db, sql, (stream,)), np.int64).reshape(-1, 3)
+        return found[:, 0], found[:, 1], found[:, 2]
 
     def feed_end(self) -> int:
         [(last,)] = fetch(self._db, "SELECT coalesce(max(id), 0) FROM feed")

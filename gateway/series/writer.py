@@ -149,9 +149,17 @@ class Series:
         )
         # In this order: a file that was given up may come after all, never the other way round.
         db.executemany("UPDATE media SET lost = ? WHERE stream = ? AND seq = ?", changes.lost_media)
-        db.executemany(
+        came = 0
+        for before, sha256, reason in changes.dropped:
+            self._write_blobs(changes.blobs[came:before])
+            came = before
+            db.execute("UPDATE media SET lost = ? WHERE sha256 = ?", (reason, sha256))
+        self._write_blobs(changes.blobs[came:])
+
+    def _write_blobs(self, blobs: list[tuple[str, int, int, int]]) -> None:
+        self.db.executemany(
             "UPDATE media SET sha256 = ?, size = ?, lost = NULL WHERE stream = ? AND seq = ?",
-            changes.blobs,
+            blobs,
         )
 
     def _write_about(self, changes: Changes) -> None:

@@ -6,12 +6,13 @@ the cursor and the quarantine. A sink holds no queue and starts no thread that o
 
 A sink may raise `Unavailable` (nothing is known to be lost: the same call comes again later),
 `Refused` (the backend will never take this batch: the loop halves it down to the one bad item),
-or `Off` (this sink cannot work here at all). Anything else counts as `Unavailable`.
+or `Off` (this sink cannot work here at all). Anything else counts as `Unavailable`. A call that
+does not come back at all ends its process, which starts again from its cursor (`process.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,7 +65,8 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """One line a rank logged, or a stretch of its console; `step` is None where none was given."""
+    """One line a rank logged, or with `console` one that it printed: its level is then `stdout`
+    or `stderr`. `step` is None where none was given."""
 
     stream: bytes
     rank: int
@@ -73,6 +75,7 @@ class Text:
     level: str
     text: str
     step: int | None = None
+    console: bool = False
     items: int = 1
 
 
@@ -132,6 +135,7 @@ class RunInfo:
     tags: tuple[str, ...]
     started_ns: int
     node: str = ""
+    source: str = ""  #: which integration made the run: `ultralytics`, or empty
 
 
 @dataclass(slots=True)
@@ -161,10 +165,21 @@ class Memory(Protocol):
     def put_now(self, key: str, value: Any) -> None: ...
 
 
+class SinkConfig(Protocol):
+    """A sink's table of the config: a frozen `msgspec.Struct`, every field with a default, none
+    of them a secret (those come from the environment)."""
+
+    @property
+    def mode(self) -> str:
+        """`online`, or `offline`: an export is written when the run has ended."""
+
+
 class Sink(Protocol):
     """Three methods; see this module's docstring for their order and what they may raise."""
 
-    stop_asked: str  #: why the backend wants the training to stop, or empty; read after each call
+    @property
+    def stop_asked(self) -> str:
+        """Why the backend wants the training to stop, or empty; read after each call."""
 
     def open(self, run: RunInfo, memory: Memory) -> None:
         """Find or create the backend's run. Idempotent: never makes a second one for `run_id`."""
@@ -174,8 +189,20 @@ class Sink(Protocol):
 
         `again` is True when this very batch may have been delivered before (an answer was lost, or
         the process died): use idempotent keys or read back, else count `maybe_duplicate`.
+        An empty batch comes about every 10 s while there is nothing to deliver: the place to
+        say that the run lives, to look whether `stop_asked`, and to report what was held.
         """
 
     def close(self, state: str, reason: str) -> Sent:
         """Tell the run's final state (`completed`, `failed` or `lost`) and report what was still
         held. Idempotent; more may be sent after another `open`."""
+
+
+@dataclass(frozen=True, slots=True)
+class SinkKind:
+    """How a sink is made: what an entry point of the group `rankgate.sinks` names."""
+
+    config: Callable[..., SinkConfig]  #: the class of `[sinks.NAME]`, see `SinkConfig`
+    online: Callable[[Any, Path], Sink]  #: from the config and a folder of its own to work in
+    #: from the config, the folder to write, and what that will be renamed to; None: no export
+    export: Callable[[Any, Path, Path], Sink] | None = None

@@ -2,17 +2,20 @@
 
 Scalars, plots, images, parameters, artifacts and models are upserts by name, so a batch sent
 twice changes nothing; log lines carry their identity and are read back before they are sent again.
+The task's iteration offset is never used: a step is what the rank logged.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import msgspec
 
 from gateway.sinks import clearml_events as wire
+from gateway.sinks import clearml_records as records
 from gateway.sinks.base import (
     Item,
     Media,
@@ -23,16 +26,21 @@ from gateway.sinks.base import (
     Rows,
     RunInfo,
     Sent,
-    SinkError,
     Summary,
     Text,
     Unavailable,
+    Value,
 )
 from gateway.sinks.clearml_api import Connection
+from gateway.sinks.clearml_task import TaskWriter
 
 RUN_KEY = "rankgate_run"  #: the runtime key that holds the run id, beside the tag
 TASK = "task"  #: what the task's id is remembered under
-LOG_PAGE = 500  #: log lines asked for at once when reading back
+ABORTED = "aborted"  #: what somebody's wish to stop is remembered under, until the run has ended
+LOOK_SECONDS = 10.0  #: between two looks at the task's status
+PING_SECONDS = 60.0  #: the server stops a task unheard for 7200 s (tasks.conf, non_responsive)
+NON_RESPONSIVE = "non-responsive"  #: stands in the reason when the server did that
+DELETED = "ClearML task {} was deleted there: replay the run for a new one"
 ENDINGS = {"completed": "completed", "failed": "failed"}  #: any other state: stopped
 
 
@@ -58,17 +66,22 @@ def task_tags(config: ClearmlConfig, run: RunInfo) -> list[str]:
 
 
 class ClearmlSink:
-    """See `base.Sink`. Reasons to skip: `not finite` (also: beyond a 32-bit float)."""
+    """See `base.Sink`. Reasons to skip: `not finite` (also: beyond a 32-bit float), and
+    `naming.NOT_IN_ORIGINAL`. A task that somebody aborts asks the training to stop."""
 
-    stop_asked = ""
-
-    def __init__(self, config: ClearmlConfig | None = None) -> None:
+    def __init__(
+        self,
+        config: ClearmlConfig | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.stop_asked = ""
         self._config = config or ClearmlConfig()
+        self._monotonic = monotonic
         self._connection: Connection | None = None
-        self._name = self._task = self._project = ""  # the last two are ids
-        self._root = ""  # where the task's files go on the file server
-        self._known_good: list[str] = []  # an event this server took, to tell a sick one by
-        self._doubtful: set[str] = set()  # log lines of a request whose outcome is not known
+        self._memory: Memory | None = None
+        self._writer: TaskWriter | None = None
+        self._place = wire.Place("", "", "", "")
+        self._next_look = self._next_ping = 0.0
 
     @property
     def _api(self) -> Connection:
@@ -80,21 +93,29 @@ class ClearmlSink:
         if self._config.mode == "offline":
             raise Off("ClearML is set to offline: nothing is sent, the run can be exported")
         self._connection = self._connection or Connection()
-        self._name = task_name(self._config, run)
-        project = project_name(self._config, run)
+        self._memory = memory
+        self.stop_asked = str(memory.get(ABORTED) or "")
+        name, project = task_name(self._config, run), project_name(self._config, run)
         try:
-            self._project = self._project_id(project)
-            task = self._find(run, memory) or self._create(run)
-            self._task = str(task["id"])
-            if memory.get(TASK) != self._task:
-                memory.put_now(TASK, self._task)
-            self._root = wire.root_path(project, self._name, self._task)
+            project_id = self._project_id(project)
+            task = self._find(run, memory, project_id) or self._create(run, name, project_id)
+            task_id = str(task["id"])
+            if memory.get(TASK) != task_id:
+                memory.put_now(TASK, task_id)
+            root = wire.root_path(project, name, task_id)
+            self._place = wire.Place(task_id, name, root, run.source)
+            self._writer = TaskWriter(self._connection, self._place, project_id)
             if task["status"] == "published":
-                raise Off(f"ClearML task {self._task} is published, which makes it read-only")
-            if task["status"] != "in_progress":
-                self._api.call("tasks.started", {"task": self._task, "force": True})
+                raise Off(f"ClearML task {task_id} is published, which makes it read-only")
+            if task["status"] != "in_progress" and not self.stop_asked:
+                self._start()
         except Refused as error:
             raise Off(f"ClearML does not let us make the run's task: {error}") from None
+        self._next_look = self._next_ping = self._monotonic() + LOOK_SECONDS
+
+    def _start(self) -> None:
+        """Also what was ended: a run that comes back goes on in its task."""
+        self._api.call("tasks.started", {"task": self._place.task, "force": True})
 
     def _project_id(self, name: str) -> str:
         query = {
@@ -119,7 +140,7 @@ class ClearmlSink:
                 raise
             return there
 
-    def _find(self, run: RunInfo, memory: Memory) -> dict[str, Any] | None:
+    def _find(self, run: RunInfo, memory: Memory, project: str) -> dict[str, Any] | None:
         """The task we remember, else the oldest of this project made for this run.
 
         The second covers a process killed, or an answer lost, between the creation and our note.
@@ -129,10 +150,10 @@ class ClearmlSink:
         if known:
             tasks = self._tasks({"id": [known], **fields})
             if not tasks:
-                raise Off(f"ClearML task {known} was deleted there: replay the run for a new one")
+                raise Off(DELETED.format(known))
             return tasks[0]
         for query in ({f"runtime.{RUN_KEY}": run.run_id}, {"tags": [wire.run_tag(run)]}):
-            for task in self._tasks({**query, "project": [self._project], **fields}):
+            for task in self._tasks({**query, "project": [project], **fields}):
                 # a server that does not know a field of the query leaves it out of account
                 in_runtime = (task.get("runtime") or {}).get(RUN_KEY) == run.run_id
                 if in_runtime or wire.run_tag(run) in (task.get("tags") or ()):
@@ -143,152 +164,105 @@ class ClearmlSink:
         found = self._api.call("tasks.get_all", {**query, "order_by": ["created"]})
         return list(found["tasks"])
 
-    def _create(self, run: RunInfo) -> dict[str, Any]:
+    def _create(self, run: RunInfo, name: str, project: str) -> dict[str, Any]:
         body = {
-            "name": self._name,
-            "project": self._project,
+            "name": name,
+            "project": project,
             "type": "training",
+            "system_tags": [
+                "development"
+            ],  # of what no agent runs: an abort is carried out at once
             "tags": task_tags(self._config, run),
-            "runtime": {RUN_KEY: run.run_id},  # in the same request: never a task without it
+            # the run id in the same request: never a task without it
+            "runtime": {RUN_KEY: run.run_id, **({"hostname": run.node} if run.node else {})},
             "comment": f"rankgate run {run.run_id}",
         }
         return {"id": self._api.call("tasks.create", body)["id"], "status": "created"}
 
     def send(self, batch: Sequence[Item], again: bool) -> Sent:
-        """Files first, then events and parameters, log lines last: those cannot be repeated."""
+        """Parameters first, as models are labelled by them; then files and the events that show
+        them; log lines last, as those cannot be repeated."""
+        self._look()
+        writer = self._writer
+        if writer is None:
+            raise Unavailable("ClearML: not open")
         sent = Sent()
         lines: list[str] = []
-        params: dict[tuple[str, str], dict[str, str]] = {}
-        texts: list[Text] = []
+        properties: dict[str, Value] = {}
         for item in batch:
-            new: list[dict[str, str]] = []
             if isinstance(item, Rows):
-                points = wire.scalar_lines(item, self._task)
+                points, skipped = wire.scalar_lines(item, self._place)
                 sent.delivered += len(points)
-                sent.skip("not finite", item.items - len(points))
+                for reason, items in skipped.items():
+                    sent.skip(reason, items)
                 lines += points
                 continue
-            if isinstance(item, Text):
-                texts.append(item)
-            elif isinstance(item, Params):
-                new = wire.param_items(item)
-            elif isinstance(item, Summary):
-                values, new = wire.summary_parts(item, self._task)
+            if isinstance(item, Summary):
+                values, others = wire.summary_parts(item, self._place)
                 lines += values
-            else:
-                lines += self._media(item)
-            params.update({(p["section"], p["name"]): p for p in new})
+                properties |= others
             sent.delivered += 1
-        self._send_events(lines)
-        self._send_params(list(params.values()))
-        self._send_texts(texts, again)
+        writer.params([item for item in batch if isinstance(item, Params)])
+        writer.hyperparams(records.hyperparams(properties, records.PROPERTIES))
+        for item in batch:
+            if isinstance(item, Media):
+                lines += writer.media(item)
+        writer.events(lines)
+        writer.texts([item for item in batch if isinstance(item, Text)], again)
         return sent
 
-    def _send_events(self, lines: list[str]) -> None:
-        for batch in wire.batches(lines):
-            self._add(batch)
-            self._known_good = batch[-1:]
-
-    def _add(self, batch: list[str]) -> None:
+    def _look(self) -> None:
+        """Now and then: say that the run lives, and see whether somebody has stopped the task."""
+        now = self._monotonic()
+        if now < self._next_look or self.stop_asked:
+            return
         try:
-            self._api.add_events(batch)
-        except Refused as refused:
-            self._check_health(refused)
-            raise
+            self._look_now()
+            if now >= self._next_ping:
+                self._api.call("tasks.ping", {"task": self._place.task})
+                self._next_ping = now + PING_SECONDS
+        except Refused as error:  # no fault of the batch that comes after this
+            raise Unavailable(f"ClearML does not tell of the task: {error}") from None
+        self._next_look = now + LOOK_SECONDS
 
-    def _check_health(self, refused: Refused) -> None:
-        """Is it this batch, or would the server refuse anything now? Then nothing is its fault."""
-        try:
-            if self._known_good:
-                self._api.add_events(self._known_good)  # an upsert: changes nothing
-            else:
-                self._api.call("events.get_task_log", {"task": self._task, "batch_size": 1})
-        except SinkError as sick:
-            raise Unavailable(f"ClearML takes no events at all: {refused}; {sick}") from None
+    def _look_now(self) -> None:
+        fields = ["id", "status", "status_reason", "status_message"]
+        found = self._tasks(
+            {"id": [self._place.task], "only_fields": fields, "search_hidden": True}
+        )
+        if not found:
+            raise Off(DELETED.format(self._place.task))
+        [task] = found
+        if task["status"] != "in_progress":
+            self._take_stop(task)
 
-    def _send_params(self, params: list[dict[str, str]]) -> None:
-        if params:
-            body = {"task": self._task, "hyperparams": params, "replace_hyperparams": "none"}
-            self._api.call("tasks.edit_hyper_params", {**body, "force": True})
-
-    def _send_texts(self, texts: list[Text], again: bool) -> None:
-        names = {wire.text_identity(item) for item in texts}
-        if again or not self._doubtful.isdisjoint(names):
-            there = self._read_back(texts)
-            texts = [item for item in texts if wire.text_identity(item) not in there]
-        if texts:
-            self._doubtful |= names  # until the last answer is here; a raise leaves them so
-            for batch in wire.batches([wire.text_line(item, self._task) for item in texts]):
-                self._add(batch)
-        self._doubtful -= names
-
-    def _read_back(self, texts: list[Text]) -> set[str]:
-        """Which of these lines are in the task's log: the pages that cover their times."""
-        if not texts:
-            return set()
-        wanted = {wire.text_identity(item) for item in texts}
-        times = [item.wall_ns // 1_000_000 for item in texts]
-        at, last, there = min(times) - 1, max(times), set()
-        while at < last:
-            page = self._api.call(
-                "events.get_task_log",
-                {
-                    "task": self._task,
-                    "navigate_earlier": False,
-                    "from_timestamp": at,  # the server gives what is later than this
-                    "batch_size": LOG_PAGE,
-                },
-            )["events"]
-            there |= wanted.intersection(str(event.get("worker")) for event in page)
-            if len(page) < LOG_PAGE:
-                break
-            # a page holds all lines of its last millisecond (events_iterator.py, _get_events)
-            at = max(int(event["timestamp"]) for event in page)
-        return there
-
-    def _media(self, item: Media) -> list[str]:
-        """Upload the file and make its record; the event that shows it, if there is one."""
-        path = wire.media_path(self._root, item)
-        if item.what == "table":
-            line = wire.media_line(item, self._task, path, "")
-            if line is not None:
-                return [line]
-        url = self._api.upload(item.path, path)
-        if item.what == "checkpoint":
-            self._model(item, url)
-            return []
-        line = wire.media_line(item, self._task, path, url)
-        if line is not None:
-            return [line]
-        artifacts = [wire.artifact(item, url)]
-        body = {"task": self._task, "artifacts": artifacts, "force": True}
-        self._api.call("tasks.add_or_update_artifacts", body)
-        return []
-
-    def _model(self, item: Media, url: str) -> None:
-        """One model document per key: models.create is no upsert, so look for it by task."""
-        about = wire.model_fields(item, self._name)
-        fields = {key: value for key, value in about.items() if value is not None}
-        fields |= {"uri": url, "task": self._task}
-        query = {"task": [self._task], "only_fields": ["id", "name"]}
-        found = self._api.call("models.get_all", query)["models"]
-        model = next((m["id"] for m in found if m.get("name") == fields["name"]), None)
-        if model is None:
-            model = self._api.call("models.create", {**fields, "project": self._project})["id"]
-        self._api.call("models.edit", {"model": model, **fields, "iteration": item.step or 0})
-        link = {"task": self._task, "model": model, "type": "output"}
-        self._api.call("tasks.add_or_update_model", {**link, "name": wire.artifact_key(item)})
+    def _take_stop(self, task: dict[str, Any]) -> None:
+        """Somebody changed the status: nothing is killed here, the ranks are asked to stop."""
+        why = f"{task.get('status_reason') or ''} {task.get('status_message') or ''}".strip()
+        if NON_RESPONSIVE in why:  # the server did, as we could not reach it for so long
+            self._start()
+            return
+        self.stop_asked = f"in ClearML the task was set to {task['status']}" + (
+            f": {why}" if why else ""
+        )
+        assert self._memory is not None
+        self._memory.put_now(ABORTED, self.stop_asked)
 
     def close(self, state: str, reason: str) -> Sent:
-        status = ENDINGS.get(state, "stopped")
+        status, message = ENDINGS.get(state, "stopped"), reason
+        if self.stop_asked and state != "failed":
+            status, message = "stopped", "; ".join(filter(None, (self.stop_asked, reason)))
         body = {
-            "task": self._task,
+            "task": self._place.task,
             "force": True,
             "status_reason": f"training {state}",
-            "status_message": reason,
+            "status_message": message,
         }
         try:
             self._api.call(f"tasks.{status}", body)
         except Refused as error:
-            raise Off(f"ClearML task {self._task} can no longer be changed: {error}") from None
+            task = self._place.task
+            raise Off(f"ClearML task {task} can no longer be changed: {error}") from None
+        if self.stop_asked and self._memory is not None:
+            self._memory.put(ABORTED, None)
         return Sent()

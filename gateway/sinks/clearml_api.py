@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import mimetypes
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from urllib.parse import quote
 import requests
 
 from gateway.sinks.base import Off, Refused, SinkError, Unavailable
+from gateway.sinks.retry import asked_seconds
 
 API_VERSION = "2.23"  #: without one the server takes the request for version 1.0
 TIMEOUT_SECONDS = (10.0, 60.0)  #: to connect; between two bytes
@@ -206,11 +208,6 @@ def _problem(response: requests.Response, what: str) -> SinkError:
     if status == 500 and what == "events.add_batch":
         return Refused(f"ClearML failed on this ({said})")
     if status == 429 or status >= 500:
-        return Unavailable(f"ClearML asks to wait ({said})", _retry_after(response))
+        asked = asked_seconds(response.headers.get("Retry-After", ""), time.time())
+        return Unavailable(f"ClearML asks to wait ({said})", asked)
     return Refused(f"ClearML refused this ({said})")
-
-
-def _retry_after(response: requests.Response) -> float | None:
-    """Seconds of a Retry-After header; its other form, a date, is left to our own back-off."""
-    text = response.headers.get("Retry-After", "")
-    return float(text) if text.isdecimal() else None

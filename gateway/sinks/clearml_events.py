@@ -1,4 +1,4 @@
-"""Items as ClearML's wire knows them: events, parameters, plots, names and paths.
+"""Items as ClearML's events: scalars, lines, images and plots; and where files go.
 
 Pure functions, shared by the online sink and the offline export. Every line they give is ASCII
 JSON, so its length in characters is its length in bytes.
@@ -12,31 +12,40 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gateway.sinks.base import Media, Params, Refused, Rows, RunInfo, Summary, Text, Value
-from gateway.sinks.naming import (
-    clearml_section,
-    clearml_series,
-    clearml_title_series,
-    rank_prefix,
-)
+from gateway.sinks import naming
+from gateway.sinks.base import Media, Refused, Rows, RunInfo, Summary, Text, Value
 
 MAX_EVENTS = 500  #: of one request; the server indexes in chunks of this size
 MAX_BYTES = 1_000_000  #: of one request, unless a single event is longer
 MAX_PLOT_BYTES = 4_000_000  #: a longer table or figure is kept as an artifact instead
+NOT_FINITE = "not finite"  #: why a value is skipped; also: beyond a 32-bit float
 SUMMARY_TITLE = "Summary"  #: with this iteration the web page shows a single value
 SUMMARY_ITERATION = -(2**31)
-PROPERTIES = "properties"  #: the section the web page calls user properties
 #: the server's index holds values as 32-bit floats; a larger one fails the whole request
 MAX_VALUE = float(np.finfo(np.float32).max)
 LEVELS = {"notset", "debug", "verbose", "info", "warn", "warning", "error", "critical", "fatal"}
+#: of lines a rank printed: stderr as the vendor's own capture calls it
+CONSOLE_LEVELS = {"stdout": "info", "stderr": "error"}
 PICTURES = {".png", ".jpg", ".jpeg", ".gif", ".bmp", ".webp", ".svg"}
 TABLES = {".csv": ",", ".tsv": "\t"}
 NAME_MIN = 3  #: server: project, task and model names are StrippedStringField(min_length=3)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a run goes: the task's id and name, the folder of its files on the file server, and
+    what made the run (`RunInfo.source`), on which names depend."""
+
+    task: str
+    name: str
+    root: str
+    source: str
 
 
 def long_enough(name: str) -> str:
@@ -68,18 +77,18 @@ def ending(name: str) -> str:
     return suffix if re.fullmatch(r"\.[A-Za-z0-9_]{1,16}", suffix) else ""
 
 
-def media_path(root: str, item: Media) -> str:
+def media_path(item: Media, place: Place) -> str:
     """Pictures lie under their content; files and models under their key, so a new one replaces."""
     if item.what in ("image", "figure"):
-        title, series = clearml_title_series(item.key, item.rank)
+        title, series, _ = naming.clearml_picture(item.key, item.step, item.rank, place.source)
         name = f"{item.sha256[:32]}{ending(item.name).lower()}"
-        return f"{root}/metrics/{path_part(title)}/{path_part(series)}/{name}"
+        return f"{place.root}/metrics/{path_part(title)}/{path_part(series)}/{name}"
     kind = "models" if item.what == "checkpoint" else "artifacts"
-    return f"{root}/{kind}/{path_part(artifact_key(item))}/{path_part(item.name)}"
+    return f"{place.root}/{kind}/{path_part(artifact_key(item))}/{path_part(item.name)}"
 
 
 def artifact_key(item: Media) -> str:
-    return clearml_series(item.key, item.rank)
+    return naming.clearml_series(item.key, item.rank)
 
 
 def dumps(value: Any) -> str:
@@ -100,29 +109,34 @@ def batches(lines: Sequence[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def scalar_lines(rows: Rows, task: str) -> list[str]:
-    """One event per finite value; what is missing from `rows.items` was not finite.
+def scalar_lines(rows: Rows, place: Place) -> tuple[list[str], dict[str, int]]:
+    """One event per finite value, and how many values there are none for, by reason.
 
     Text is put together by hand: a dict and a json.dumps per point is five times slower.
     """
     steps = rows.step.tolist()
     times = (rows.wall_ns // 1_000_000).tolist()
     lines: list[str] = []
+    skipped = {naming.NOT_IN_ORIGINAL: 0, NOT_FINITE: 0}
     for key, column in rows.columns.items():
-        title, series = clearml_title_series(key, rows.rank)
-        head = _scalar_head(task, title, series)
+        named = naming.clearml_scalar(key, rows.rank, place.source)
+        if named is None:
+            skipped[naming.NOT_IN_ORIGINAL] += len(steps)
+            continue
+        head = _scalar_head(place.task, *named)
         values = column.astype(np.float64)
         good = np.abs(values) <= MAX_VALUE  # False for nan
         points = zip(steps, values.tolist(), times, strict=True)
         if good.all():
             lines += [f'{head}{s},"value":{v!r},"timestamp":{t}}}' for s, v, t in points]
         else:
+            skipped[NOT_FINITE] += int((~good).sum())
             lines += [
                 f'{head}{s},"value":{v!r},"timestamp":{t}}}'
                 for (s, v, t), fine in zip(points, good.tolist(), strict=True)
                 if fine
             ]
-    return lines
+    return lines, skipped
 
 
 def _scalar_head(task: str, title: str, series: str) -> str:
@@ -132,18 +146,19 @@ def _scalar_head(task: str, title: str, series: str) -> str:
     )
 
 
-def summary_parts(item: Summary, task: str) -> tuple[list[str], list[dict[str, str]]]:
-    """Numbers as single values; text, None and non-finite numbers as user properties."""
-    lines, texts = [], {}
+def summary_parts(item: Summary, place: Place) -> tuple[list[str], dict[str, Value]]:
+    """Numbers as single values; and what else there is: text, None, non-finite numbers."""
+    lines: list[str] = []
+    others: dict[str, Value] = {}
     for name, value in item.values.items():
-        series = clearml_series(name, item.rank)
+        series = naming.clearml_single_value(name, item.rank, place.source)
         if isinstance(value, int | float) and _fits(value):
-            head = _scalar_head(task, SUMMARY_TITLE, series)
+            head = _scalar_head(place.task, SUMMARY_TITLE, series)
             at = item.wall_ns // 1_000_000
             lines.append(f'{head}{SUMMARY_ITERATION},"value":{float(value)!r},"timestamp":{at}}}')
         else:
-            texts[series] = value
-    return lines, hyperparams(texts, PROPERTIES)
+            others[series] = value
+    return lines, others
 
 
 def _fits(value: float) -> bool:
@@ -154,51 +169,34 @@ def _fits(value: float) -> bool:
     return math.isfinite(number) and abs(number) <= MAX_VALUE
 
 
-def param_items(item: Params) -> list[dict[str, str]]:
-    return hyperparams(item.values, clearml_section(item.rank))
-
-
-def hyperparams(values: dict[str, Value], section: str) -> list[dict[str, str]]:
-    """As the server stores them: every value is text, None is the empty one."""
-    return [
-        {
-            "section": section,
-            "name": name,
-            "value": "" if value is None else str(value),
-            "type": "" if value is None else type(value).__name__,
-        }
-        for name, value in values.items()
-    ]
-
-
 def text_identity(item: Text) -> str:
     """What tells one log line from all others, for ever; it travels in the event's `worker`.
 
     The server gives log lines a random id (event_bll.py, add_events), so a line sent twice is
     there twice. `worker` comes back from events.get_task_log; the web page does not show it, only
-    a log downloaded as text does.
+    a log downloaded as text does, where it begins with the rank.
     """
-    return f"rankgate/{item.stream.hex()[:16]}/{item.seq}"
+    return f"rank{max(item.rank, 0)}/{item.stream.hex()[:16]}/{item.seq}"
 
 
-def text_line(item: Text, task: str) -> str:
+def text_line(item: Text, place: Place) -> str:
     level = item.level.lower()
     return dumps(
         {
             "type": "log",
-            "task": task,
+            "task": place.task,
             "timestamp": item.wall_ns // 1_000_000,
-            "level": level if level in LEVELS else "info",
+            "level": level if level in LEVELS else CONSOLE_LEVELS.get(level, "info"),
             "worker": text_identity(item),
-            "msg": rank_prefix(item.rank) + item.text,
+            "msg": naming.rank_prefix(item.rank) + item.text,
         }
     )
 
 
-def media_line(item: Media, task: str, key: str, url: str) -> str | None:
+def media_line(item: Media, place: Place, key: str, url: str) -> str | None:
     """The event that shows an image, figure or table; None if it can only be kept as a file."""
     if item.what == "image":
-        return _event(item, task, "training_debug_image", key=key, url=url)
+        return _event(item, place, "training_debug_image", key=key, url=url)
     plot = None
     if item.what == "figure":
         plot = figure_plot(item, url)
@@ -206,14 +204,14 @@ def media_line(item: Media, task: str, key: str, url: str) -> str | None:
         plot = table_plot(item)
     if plot is None or len(plot) > MAX_PLOT_BYTES:
         return None
-    return _event(item, task, "plot", plot_str=plot)
+    return _event(item, place, "plot", plot_str=plot)
 
 
-def _event(item: Media, task: str, kind: str, **fields: str) -> str:
-    title, series = clearml_title_series(item.key, item.rank)
-    event = {"type": kind, "task": task, "metric": title, "variant": series}
+def _event(item: Media, place: Place, kind: str, **fields: str) -> str:
+    title, series, iteration = naming.clearml_picture(item.key, item.step, item.rank, place.source)
+    event = {"type": kind, "task": place.task, "metric": title, "variant": series}
     at = item.wall_ns // 1_000_000
-    return dumps({**event, "iter": item.step or 0, "timestamp": at, **fields})
+    return dumps({**event, "iter": iteration, "timestamp": at, **fields})
 
 
 def figure_plot(item: Media, url: str) -> str | None:
@@ -275,29 +273,3 @@ def _json_of(item: Media) -> Any:
         return json.loads(item.path.read_bytes(), parse_constant=lambda _: None)
     except ValueError as error:
         raise Refused(f"{item.name}: not JSON ({error})") from None
-
-
-def artifact(item: Media, uri: str) -> dict[str, Any]:
-    return {
-        "key": artifact_key(item),
-        "type": "custom",
-        "mode": "output",
-        "uri": uri,
-        "hash": item.sha256,
-        "content_size": item.size_bytes,
-        "timestamp": item.wall_ns // 1_000_000_000,
-        "type_data": {"preview": f"{item.name} - {item.size_bytes} bytes"},
-    }
-
-
-def model_fields(item: Media, task_name: str) -> dict[str, Any]:
-    """What both ways of making an output model need to know of a checkpoint."""
-    words = [f"{name} = {value}" for name, value in (item.meta.get("metrics") or {}).items()]
-    if item.meta.get("epoch") is not None:
-        words.insert(0, f"epoch {item.meta['epoch']}")
-    return {
-        "name": long_enough(f"{task_name} - {artifact_key(item)}"),
-        "tags": [word for word in ("best", "final") if item.meta.get(word)],
-        "comment": ", ".join(words),
-        "framework": "PyTorch" if Path(item.name).suffix in (".pt", ".pth") else None,
-    }

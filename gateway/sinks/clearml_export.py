@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.sinks import clearml_events as wire
+from gateway.sinks import clearml_records as records
 from gateway.sinks.base import (
     Item,
     Media,
@@ -49,15 +50,14 @@ class ClearmlExport:
         self._final = (final or folder).absolute()
         self._files_host = os.environ.get(FILES_HOST, "").rstrip("/")
         self._task: dict[str, Any] = {}
-        self._id = ""
-        self._root = ""
+        self._place = wire.Place("", "", "", "")
         self._changed = False
 
     def open(self, run: RunInfo, memory: Memory) -> None:
         """Start the folder, or go on with the one that is there; `memory` is not needed."""
-        self._id = f"offline-{hashlib.sha256(run.run_id.encode()).hexdigest()[:32]}"
+        task = f"offline-{hashlib.sha256(run.run_id.encode()).hexdigest()[:32]}"
         project, name = project_name(self._config, run), task_name(self._config, run)
-        self._root = wire.root_path(project, name, self._id)
+        self._place = wire.Place(task, name, wire.root_path(project, name, task), run.source)
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
             self._task = json.loads(self._file("task.json").read_bytes())
@@ -69,7 +69,7 @@ class ClearmlExport:
 
     def _new_task(self, run: RunInfo, project: str, name: str) -> dict[str, Any]:
         return {
-            "id": self._id,
+            "id": self._place.task,
             "name": name,
             "project_name": project,
             "type": "training",
@@ -101,31 +101,44 @@ class ClearmlExport:
         texts: list[Text] = []
         for item in batch:
             if isinstance(item, Rows):
-                points = wire.scalar_lines(item, self._id)
+                points, skipped = wire.scalar_lines(item, self._place)
                 sent.delivered += len(points)
-                sent.skip("not finite", item.items - len(points))
+                for reason, items in skipped.items():
+                    sent.skip(reason, items)
                 lines += points
                 continue
             if isinstance(item, Text):
                 texts.append(item)
             elif isinstance(item, Params):
-                self._params(wire.param_items(item))
+                self._params(item)
             elif isinstance(item, Summary):
-                values, properties = wire.summary_parts(item, self._id)
+                values, others = wire.summary_parts(item, self._place)
                 lines += values
-                self._params(properties)
+                self._hyperparams(records.hyperparams(others, records.PROPERTIES))
             else:
                 lines += self._media(item)
             sent.delivered += 1
         there = self._written() if again else set()
         self._append("metrics.jsonl", lines)
         texts = [item for item in texts if wire.text_identity(item) not in there]
-        self._append("log.jsonl", [wire.text_line(item, self._id) for item in texts])
+        self._append("log.jsonl", [wire.text_line(item, self._place) for item in texts])
         if self._changed:
             self._write_task()
         return sent
 
-    def _params(self, items: list[dict[str, str]]) -> None:
+    def _params(self, item: Params) -> None:
+        self._hyperparams(records.param_items(item))
+        own = records.own_values(item)
+        if own:
+            there = self._task.setdefault("configuration", {})
+            new = records.configuration_item(there, item.rank, own)
+            there[new["name"]] = new
+        source = records.source_values(item)
+        self._task.setdefault("script", {}).update(records.script(source))
+        self._task.setdefault("runtime", {}).update(records.runtime(source))
+        self._changed = True
+
+    def _hyperparams(self, items: list[dict[str, str]]) -> None:
         for item in items:
             self._task["hyperparams"].setdefault(item["section"], {})[item["name"]] = item
             self._changed = True
@@ -150,7 +163,12 @@ class ClearmlExport:
             os.fsync(file.fileno())
 
     def _media(self, item: Media) -> list[str]:
-        path = wire.media_path(self._root, item)
+        path = wire.media_path(item, self._place)
+        diff = records.uncommitted(item)
+        if diff is not None:
+            self._task.setdefault("script", {})["diff"] = diff
+            self._changed = True
+            return []
         if item.what == "checkpoint":
             self._model(item)
             if self._files_host:
@@ -158,13 +176,13 @@ class ClearmlExport:
         line = None
         if item.what != "checkpoint":
             # the importer puts the new task's address in place of this one
-            line = wire.media_line(item, self._id, path, f"{self._final}/data/{path}")
+            line = wire.media_line(item, self._place, path, f"{self._final}/data/{path}")
         if line is None or item.what != "table":
             self._copy(item, self._folder / "data" / path)
         if line is not None:
             return [line]
         artifacts = self._task["execution"]["artifacts"]
-        new = wire.artifact(item, f"{self._final}/data/{path}")
+        new = records.artifact(item, f"{self._final}/data/{path}")
         artifacts[:] = [old for old in artifacts if old["key"] != new["key"]] + [new]
         self._changed = True
         return []
@@ -175,7 +193,7 @@ class ClearmlExport:
         name = wire.path_part(wire.artifact_key(item)).removesuffix(suffix) + suffix
         place = f"models/{name}"
         self._copy(item, self._folder / place)
-        about = wire.model_fields(item, self._task["name"])
+        about = {"name": records.model_names(item, self._place)[0], **records.model_fields(item)}
         weights = {
             "weights_filename": f"{self._final}/{place}",
             "target_filename": name,

@@ -32,12 +32,22 @@ from .base import (
     Text,
     Unavailable,
 )
+from .keep import DROPPED
+from .quarantine import BEGUN, Kept, Row
 from .retry import Backoff
 from .store import Spans, Store
 
 FETCH_ENTRIES = 512
 FETCH_RECORDS = 8192  #: of a batch, about: after an outage entries are long
+IDLE_SECONDS = 0.2  #: between two looks for something new
+KEEP_ALIVE_SECONDS = 10.0  #: of nothing to deliver, before the sink is called with nothing
 ENDED = ("completed", "failed", "lost")
+WHOLE = "."  #: a batch; its halves are ".0" and ".1", and so on
+DEADLY = 5  #: lives in a row that end in a delivery, before its item is kept aside
+RELEASE = "r."  #: the same of what a person released from the quarantine
+NOT_THERE = "the run's series do not have it (any more)"
+SURVIVED = {"trying": "", "deaths": 0}
+ENDED_IN_DELIVERY = "its process ended in a delivery, and was started again; see gateway.log"
 
 log = logging.getLogger("rankgate.sinks")
 
@@ -72,7 +82,13 @@ class Loop:
         self._spans, self._media = store.taken()
         self._streams: dict[int, StreamRow] = {}
         self._batch: tuple[list[FeedEntry], list[Item]] | None = None
-        self._quarantine: list[tuple[int, str, str]] = []
+        self._idle_seconds = 0.0
+        self._ended_in = store.about("trying", "")  # the piece the life before did not survive
+        self._deaths = store.about("deaths", 0) + 1 if self._ended_in else 0
+        if self._ended_in:
+            store.note(state="retrying", reason=ENDED_IN_DELIVERY)
+        self._dropped = 0  # files of the open batch that policy dropped
+        self._quarantine: list[Kept] = []
 
     def step(self) -> float:
         """Never raises; what goes wrong is in the store, and tried again."""
@@ -80,7 +96,7 @@ class Loop:
             return self._step()
         except Off as error:
             self._store.forget_puts()
-            self._store.note(state="off", reason=str(error))
+            self._note_trouble("off", str(error))
             self.off = str(error)
             return 0.0
         except Unavailable as error:
@@ -92,17 +108,23 @@ class Loop:
     def _retry(self, reason: str, after_seconds: float | None) -> float:
         self._store.forget_puts()
         self._quarantine.clear()
+        self._note_trouble("retrying", reason[:1000])
+        return self._backoff.next_seconds(after_seconds)
+
+    def _note_trouble(self, state: str, reason: str) -> None:
+        self._ended_in, self._deaths = "", 0
         try:
-            self._store.note(state="retrying", reason=reason[:1000])
+            self._store.note(state=state, reason=reason, **SURVIVED)
         except apsw.Error as error:
             log.error("cannot note that (%s): %s", reason, error)  # its own disk is full, say
-        return self._backoff.next_seconds(after_seconds)
 
     def _step(self) -> float:
         if not self._opened:
             self._sink.open(self._info, self._store)
             self._opened = True
             self._store.note(state="delivering", reason="")
+        if self._batch is None and not self._intended and self._release():
+            return 0.0
         entries, items = self._batch or self._fetch()
         self._batch = (entries, items)
         if not entries:
@@ -112,10 +134,12 @@ class Loop:
         if items:
             again = any(self._may_be_there(entry) for entry in entries)
             self._intended |= self._reach(entries)
-            self._store.intend(self._intended)
+            self._store.intend(self._intended, _piece(WHOLE, items), self._deaths)
             sent = self._deliver(items, again)
+        sent.skip(DROPPED, self._dropped)
         self._receipt(entries, items, sent)
         self._batch = None
+        self._idle_seconds = 0.0
         self._backoff.reset()
         return 0.0
 
@@ -153,7 +177,11 @@ class Loop:
         wanted = [w for e in entries if (w := self._untaken(e)) is not None]
         blocks = self._blocks(wanted)
         items: list[Item] = []
+        self._dropped = 0
         for entry in wanted:
+            if entry.kind == "media" and self._is_dropped(entry):
+                self._dropped += 1
+                continue
             item = self._item(entry, blocks)
             before = items[-1] if items else None
             if isinstance(item, Rows) and isinstance(before, Rows) and _follows(before, item):
@@ -189,9 +217,10 @@ class Loop:
         where: dict[str, Any] = {"stream": stream.id, "rank": stream.rank, "seq": entry.first}
         if entry.kind == "rows":
             return self._rows(entry, stream, blocks[entry.keyset])
-        if entry.kind == "text":
+        if entry.kind in ("text", "console"):
             wall, step, level, text = reader.text_at(entry.stream, entry.first)
-            return Text(**where, wall_ns=wall, level=level, text=text, step=step)
+            console = entry.kind == "console"
+            return Text(**where, wall_ns=wall, level=level, text=text, step=step, console=console)
         if entry.kind == "media":
             return self._media_item(entry, where)
         wall, values = reader.map_at(entry.kind, entry.stream, entry.first)
@@ -210,6 +239,11 @@ class Loop:
         return Rows(
             stream.id, stream.rank, block.seq[here], block.step[here], block.wall_ns[here], columns
         )
+
+    def _is_dropped(self, entry: FeedEntry) -> bool:
+        """Did policy drop a file before this sink was there?"""
+        lost = self._reader.media_at(entry.stream, entry.first).lost
+        return lost is not None and lost.startswith(DROPPED)
 
     def _media_item(self, entry: FeedEntry, where: dict[str, Any]) -> Media:
         row = self._reader.media_at(entry.stream, entry.first)
@@ -231,42 +265,52 @@ class Loop:
 
     def _deliver(self, items: list[Item], again: bool) -> Sent:
         """Send a batch; one that is refused is halved down to the bad item, which is kept aside."""
-        try:
-            return self._sink.send(items, again)
-        except Refused as error:
-            halves = list(split(items))
-            if not halves:
-                self._quarantine.append((items[0].items, _name(items[0]), str(error)[:1000]))
-                return Sent()
+        return self._send(items, again, WHOLE)
+
+    def _send(self, items: list[Item], again: bool, place: str) -> Sent:
+        """`place` is which half of which half of the batch this is. What ended the life before
+        is halved too: one item may make a vendor's package crash or hang whenever it comes."""
+        halves = list(split(items)) if self._ended_in.startswith(place) else []
+        if not halves:
+            try:
+                return self._send_piece(items, again, place)
+            except Refused as error:
+                halves = list(split(items))
+                if not halves:
+                    self._quarantine.append(_kept(items[0], str(error)[:1000]))
+                    return Sent()
         total = Sent()
-        for half in halves:
-            add(total, self._deliver(half, again))
+        for number, half in enumerate(halves):
+            add(total, self._send(half, again, f"{place}{number}"))
         return total
+
+    def _send_piece(self, items: list[Item], again: bool, place: str) -> Sent:
+        """Raises Refused for one item that no life has survived."""
+        if self._ended_in:
+            piece = _piece(place, items)
+            if piece == self._ended_in and self._deaths >= DEADLY:
+                raise Refused(f"{self._deaths} processes in a row ended when it was delivered")
+            self._store.note(trying=piece, deaths=self._deaths)
+        return self._sink.send(items, again)
 
     def _receipt(self, entries: list[FeedEntry], items: list[Item], sent: Sent) -> None:
         media = [(self._streams[e.stream].id, e.first) for e in entries if e.kind == "media"]
+        spans: Spans = {}
         for entry in entries:
             if entry.kind != "media":
                 key = (self._streams[entry.stream].id, entry.kind)
-                self._spans[key] = max(self._spans.get(key, 0), entry.last)
-        self._media.update(media)
+                spans[key] = max(spans.get(key, self._spans.get(key, 0)), entry.last)
         done = {self._key(e) for e in entries if e.kind == "media"}
         intended = {
             key: last
             for key, last in self._intended.items()
-            if key not in done and last > self._spans.get(key, 0)
+            if key not in done and last > spans.get(key, self._spans.get(key, 0))
         }
         self._store.receipt(
             delivered=sent.delivered,
             skipped=sent.skipped,
             maybe_duplicate=sent.maybe_duplicate,
-            spans={
-                (self._streams[e.stream].id, e.kind): self._spans[
-                    self._streams[e.stream].id, e.kind
-                ]
-                for e in entries
-                if e.kind != "media"
-            },
+            spans=spans,
             media=media,
             quarantine=self._quarantine,
             intended=intended,
@@ -276,10 +320,77 @@ class Loop:
                 "build": self._reader.about().build,
                 "feed": entries[-1].id,
                 "sent_wall_ns": _newest(items) or self._store.about("sent_wall_ns", 0),
+                **SURVIVED,
             },
         )
-        self._intended = intended  # only now: without a receipt it may be there still
+        # Only now: without a receipt all of it may be there, and comes again.
+        self._intended = intended
+        self._spans.update(spans)
+        self._media.update(media)
+        self._ended_in, self._deaths = "", 0
         self._quarantine.clear()
+
+    # --- the quarantine ------------------------------------------------------
+
+    def _release(self) -> bool:
+        """Once more what a person released from the quarantine; True when there was something.
+        Not while a batch is in doubt: what is newer there would hide what of it is."""
+        due = self._store.quarantine.due(FETCH_ENTRIES)
+        if not due:
+            return False
+        self._streams = {s.index: s for s in self._reader.streams()}
+        found = self._kept_items(due)
+        sent = Sent()
+        if found:
+            self._store.quarantine.begin(found)
+            sent = self._send(list(found.values()), due[0].asked == BEGUN, RELEASE)
+        again = {(k.kind, k.stream, k.seq, k.key): k.reason for k in self._quarantine}
+        stay = {r.id: again[_identity(r)] for r in due if _identity(r) in again}
+        stay |= {row.id: NOT_THERE for row in due if row.id not in found}
+        self._store.receipt_of_release(
+            sent,
+            gone=found.keys() - stay.keys(),
+            stay=stay.items(),
+            about={"state": "delivering", "reason": "", **SURVIVED},
+        )
+        self._ended_in = ""
+        self._quarantine.clear()
+        self._backoff.reset()
+        return True
+
+    def _kept_items(self, rows: list[Row]) -> dict[int, Item]:
+        """id → the item again, by what it is for ever; without those the series have no more."""
+        index = {s.id: i for i, s in self._streams.items()}
+        places = {i: self._reader.stretches(i) for i in {index.get(r.stream, -1) for r in rows}}
+        entries: dict[int, list[FeedEntry]] = {}
+        for row in rows:
+            stream = index.get(row.stream, -1)
+            first, last, keyset = places[stream]
+            here = keyset[(first <= row.seq) & (last >= row.seq)] if row.kind == "rows" else [0]
+            entries[row.id] = [
+                FeedEntry(0, 0, row.kind, int(k), stream, row.seq, row.seq, "") for k in here
+            ]
+        blocks = self._blocks([entry for each in entries.values() for entry in each])
+        found = {r.id: self._kept_item(r, entries[r.id], blocks) for r in rows}
+        return {id_: item for id_, item in found.items() if item is not None}
+
+    def _kept_item(
+        self, row: Row, entries: list[FeedEntry], blocks: dict[int, Block]
+    ) -> Item | None:
+        for entry in entries:
+            if entry.stream not in self._streams:
+                return None
+            try:
+                if entry.kind == "media" and self._is_dropped(entry):
+                    return None
+                item = self._item(entry, blocks)
+            except ValueError:  # no such record
+                return None
+            if not isinstance(item, Rows):
+                return item
+            if len(item.seq) and row.key in item.columns:
+                return replace(item, columns={row.key: item.columns[row.key]})
+        return None
 
     # --- the end -------------------------------------------------------------
 
@@ -288,9 +399,28 @@ class Loop:
         if self._store.about("build") != about.build:
             self._store.note(build=about.build, feed=0)
         if self._wait_for_end and about.state not in ENDED:
-            return 0.2
+            return self._keep_alive()
+        if self._reader.feed(self._cursor(), 1):
+            return 0.0  # the last items came after the look at the feed, together with the end
         state = about.state if about.state in ENDED else "lost"
         sent = self._sink.close(state, about.reason)
+        self._receipt_of_held(sent, {"state": "drained", "reason": "", "closed": about.state})
+        self._opened = False
+        self.done = True
+        return IDLE_SECONDS
+
+    def _keep_alive(self) -> float:
+        """Time is counted in waits: this reads no clock."""
+        if self._idle_seconds >= KEEP_ALIVE_SECONDS:
+            sent = self._sink.send([], again=False)
+            self._receipt_of_held(sent, {"state": "delivering", "reason": ""})
+            self._idle_seconds = 0.0
+            self._backoff.reset()
+        self._idle_seconds += IDLE_SECONDS
+        return IDLE_SECONDS
+
+    def _receipt_of_held(self, sent: Sent, about: dict[str, Any]) -> None:
+        """The receipt of a call that brought no new items, but may report ones held before."""
         self._store.receipt(
             delivered=sent.delivered,
             skipped=sent.skipped,
@@ -299,11 +429,8 @@ class Loop:
             media=[],
             quarantine=[],
             intended=self._intended,
-            about={"state": "drained", "reason": "", "closed": about.state},
+            about=about,
         )
-        self._opened = False
-        self.done = True
-        return 0.2
 
 
 def _bounded(entries: list[FeedEntry]) -> list[FeedEntry]:
@@ -372,6 +499,23 @@ def _join(before: Rows, after: Rows) -> Rows:
         np.concatenate((before.wall_ns, after.wall_ns)),
         {k: np.concatenate((v, after.columns[k])) for k, v in before.columns.items()},
     )
+
+
+def _piece(place: str, items: list[Item]) -> str:
+    """A piece of a batch as it is noted: the same text in another life is the same piece."""
+    return f"{place} {len(items)} {items[0].stream.hex()} {_name(items[0])}"
+
+
+def _kept(item: Item, reason: str) -> Kept:
+    """A single point, line or file, as it is set aside."""
+    kind, seq, key = type(item).__name__.lower(), item.seq, ""
+    if isinstance(item, Rows):
+        seq, key = int(item.seq[0]), next(iter(item.columns))
+    return Kept(kind, item.stream, int(seq), key, item.items, _name(item), reason)
+
+
+def _identity(row: Row) -> tuple[str, bytes, int, str]:
+    return row.kind, row.stream, row.seq, row.key
 
 
 def _name(item: Item) -> str:

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gateway.sinks.base import Item, Memory, Off, RunInfo, Sent
-from gateway.sinks.neptune import Hand, NeptuneConfig, Package
-from gateway.sinks.neptune_plan import Kind, Planner, Tail
+from gateway.sinks.neptune import NeptuneConfig
+from gateway.sinks.neptune_plan import Kind, Planner, Tail, drawable, first_fields, last_fields
+from gateway.sinks.neptune_run import OfflineRun, Package
 
 DATA_FOLDER = ".neptune"  #: `neptune sync --path FOLDER` looks for this name in FOLDER
 
@@ -27,36 +28,35 @@ class NeptuneExport:
         self.config = config
         named = folder.name == DATA_FOLDER
         self.data = folder if named else folder / DATA_FOLDER
-        self._hand: Hand | None = None
+        self._run: OfflineRun | None = None
         self._planner: Planner | None = None
 
     def open(self, run: RunInfo, memory: Memory) -> None:
-        if self._hand is not None:
+        if self._run is not None:
             return
         package = Package.load(self.config.package)
         if any((self.data / "offline").glob("*")):
             raise Off(f"there is an export already in {self.data}: choose an empty folder")
         self.data.mkdir(parents=True, exist_ok=True)
-        self._hand = Hand(package, package.start(run, self.data, mode="offline"), keep_files=True)
-        self._hand.begin(run)
-        self._planner = Planner(memory, nothing_there, self._hand.drawable)
+        self._run = OfflineRun(package, run, self.data)
+        self._run.write([first_fields(run)], Sent())
+        self._planner = Planner(memory, nothing_there, drawable, run)
 
     def send(self, batch: Sequence[Item], again: bool) -> Sent:
         """Written to the disk; `again` needs no care, as steps that do not rise are refused."""
-        assert self._hand is not None, "open comes first"
+        assert self._run is not None, "open comes first"
         assert self._planner is not None
         writes, sent = self._planner.plan(batch, unsure=False)
-        self._hand.write(writes, sent)
-        self._hand.run.wait(disk_only=True)
+        self._run.write(writes, sent)
         self._planner.commit()
         return sent
 
     def close(self, state: str, reason: str) -> Sent:
-        if self._hand is None:
+        if self._run is None:
             return Sent()
-        self._hand.end(state, reason)
-        self._hand.run.stop()
-        self._hand = self._planner = None
+        self._run.write([last_fields(state, reason)], Sent())
+        self._run.stop()
+        self._run = self._planner = None
         return Sent()
 
 

@@ -6,6 +6,7 @@ holds this sink of this run.
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import logging
 import os
@@ -13,6 +14,9 @@ import random
 import shutil
 import signal
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +26,56 @@ import msgspec
 from .. import parent
 from ..series.db import fetch, open_reader
 from ..series.reader import Reader
-from . import registry
-from .base import RunInfo, Sink
+from . import registry, requests
+from .base import Item, Media, Memory, RunInfo, Sent, Sink, SinkConfig
 from .loop import Loop
 from .retry import Backoff
+from .since import Since, SinceSink
 from .store import Store, read_view, store_name
 
 OFF, BUSY = 4, 5
+STOP = "requests/stop"  #: below a run's directory: the wish that its ranks stop, and why
+CALL_SECONDS = 3600.0  #: a call of a sink that takes longer is taken to hang
+SLOWEST_BYTES_PER_SECOND = 128 * 1024  #: files may take so much longer
 
 log = logging.getLogger("rankgate.sinks")
+
+
+class Limited:
+    """A sink whose calls come back or end this process: a vendor's package may hang for ever.
+
+    The supervisor starts it again, and it goes on from its cursor. `faulthandler` needs nothing of
+    the interpreter to end it, and leaves in the log where each thread stood.
+    """
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    @property
+    def stop_asked(self) -> str:
+        return self._sink.stop_asked
+
+    def open(self, run: RunInfo, memory: Memory) -> None:
+        with _limit(CALL_SECONDS):
+            self._sink.open(run, memory)
+
+    def send(self, batch: Sequence[Item], again: bool) -> Sent:
+        size = sum(item.size_bytes for item in batch if isinstance(item, Media))
+        with _limit(CALL_SECONDS + size / SLOWEST_BYTES_PER_SECOND):
+            return self._sink.send(batch, again)
+
+    def close(self, state: str, reason: str) -> Sent:
+        with _limit(CALL_SECONDS):
+            return self._sink.close(state, reason)
+
+
+@contextmanager
+def _limit(seconds: float) -> Iterator[None]:
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def run_info(reader: Reader) -> RunInfo:
@@ -49,6 +94,7 @@ def run_info(reader: Reader) -> RunInfo:
         tags=tuple(str(t) for t in hello.get("tags") or ()),
         started_ns=int(hello.get("started") or 0),
         node=first.node,
+        source=str(hello.get("source") or ""),
     )
 
 
@@ -64,23 +110,32 @@ def lock(path: Path) -> int | None:
     return fd
 
 
-def carry(run_dir: Path, name: str, config: registry.SinkConfig) -> int:
-    """Deliver until the run has ended and all is dealt with. Returns the exit code."""
+def carry(run_dir: Path, name: str, config: SinkConfig, since: str = "") -> int:
+    """Deliver until the run has ended and all is dealt with. Returns the exit code.
+
+    `since` (a `Since` as JSON) holds until then: who goes on where this is killed keeps to it.
+    """
     if lock(run_dir / "sinks" / f"{name}.lock") is None:
         return BUSY
     store = Store(run_dir / "sinks" / store_name(name, "online"))
     scratch = run_dir / "sinks" / f"{name}.scratch"
     scratch.mkdir(mode=0o700, exist_ok=True)
     with Reader(run_dir) as reader:
-        sink = registry.online(config, scratch)
-        code = _drive(reader, store, sink, run_dir, wait_for_end=True)
+        since = since or store.about("since", "")
+        store.note(since=since)
+        sink = _from_on(Limited(registry.online(name, config, scratch)), since)
+        consume = partial(requests.consume, run_dir, name, store.quarantine)
+        code = _drive(reader, store, sink, run_dir, wait_for_end=True, consume=consume)
+    if code == 0:
+        store.note(since="")
     store.close()
     if code == 0:
         shutil.rmtree(scratch, ignore_errors=True)
+        (run_dir / STOP).unlink(missing_ok=True)  # it has ended: no wish for its next launch
     return code
 
 
-def export(run_dir: Path, name: str, config: registry.SinkConfig) -> int:
+def export(run_dir: Path, name: str, config: SinkConfig, since: str = "") -> int:
     """Write the whole run into `exports/NAME`: a replay from zero into a new folder, which takes
     its name when it is whole."""
     if lock(run_dir / "sinks" / f"{name}.lock") is None:
@@ -96,7 +151,7 @@ def export(run_dir: Path, name: str, config: registry.SinkConfig) -> int:
     store.note(state="exporting", reason="")
     with Reader(run_dir) as reader:
         feed = reader.feed_end()
-        sink = registry.export(config, part, final)
+        sink = _from_on(Limited(registry.export(name, config, part, final)), since)
         code = _drive(reader, store, sink, run_dir, wait_for_end=False)
     if code == 0:
         old = exports / f".{name}.old"
@@ -110,12 +165,25 @@ def export(run_dir: Path, name: str, config: registry.SinkConfig) -> int:
     return code
 
 
-def _drive(reader: Reader, store: Store, sink: Sink, run_dir: Path, wait_for_end: bool) -> int:
+def _from_on(sink: Sink, since: str) -> Sink:
+    return SinceSink(sink, msgspec.json.decode(since, type=Since)) if since else sink
+
+
+def _drive(
+    reader: Reader,
+    store: Store,
+    sink: Sink,
+    run_dir: Path,
+    wait_for_end: bool,
+    consume: Callable[[], None] = lambda: None,
+) -> int:
+    """`consume` does what people ask for in requests/; often, as a wait may be long."""
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda s, _f: stopping.append(s))
     backoff = Backoff(random.random)
     loop = Loop(reader, store, sink, run_info(reader), backoff, wait_for_end)
     while not stopping and not parent.gone():
+        consume()
         wait = loop.step()
         if loop.off:
             log.warning("%s", loop.off)
@@ -129,16 +197,19 @@ def _drive(reader: Reader, store: Store, sink: Sink, run_dir: Path, wait_for_end
         deadline = time.monotonic() + wait
         while time.monotonic() < deadline and not stopping and not parent.gone():
             time.sleep(min(0.1, max(0.0, deadline - time.monotonic())))
+            consume()
     return 1
 
 
 def _ask_to_stop(run_dir: Path, reason: str) -> None:
     """Leave a request for ingest, which tells every rank; training decides for itself."""
-    requests = run_dir / "requests"
-    requests.mkdir(mode=0o700, exist_ok=True)
-    part = requests / ".stop"
+    wish = run_dir / STOP
+    if wish.exists():
+        return
+    wish.parent.mkdir(mode=0o700, exist_ok=True)
+    part = wish.with_name(".stop")
     part.write_text(reason)
-    part.rename(requests / "stop")
+    part.rename(wish)
 
 
 def fresh(run_dir: Path, name: str, reader: Reader, offline: bool) -> bool:
@@ -152,6 +223,8 @@ def fresh(run_dir: Path, name: str, reader: Reader, offline: bool) -> bool:
         closed, feed, build = _marks(path)
     except apsw.Error:
         return False  # killed while its file was being made: started again, it makes it whole
+    if not offline and (requests.waiting(run_dir, name) or view.asked):
+        return False
     if offline:
         return view.state == "exported" and feed >= reader.feed_end() and closed == about.state
     caught_up = build == about.build and feed >= reader.feed_end()
@@ -168,10 +241,10 @@ def _marks(path: Path) -> tuple[str, int, bytes]:
 
 
 def main(arguments: list[str]) -> int:
-    """`RUN_DIR NAME CONFIG_JSON online|export`: what the supervisor starts."""
-    run_dir, name, config_json, how = arguments
-    config = msgspec.json.decode(config_json, type=registry.CONFIGS[name])
+    """`RUN_DIR NAME CONFIG_JSON online|export [SINCE]`: what supervisor and `replay` start."""
+    run_dir, name, config_json, how, *since = arguments
+    config = msgspec.json.decode(config_json, type=registry.kind(name).config)
     work = Path(run_dir)
     if how == "export":
-        return export(work, name, config)
-    return carry(work, name, config)
+        return export(work, name, config, *since)
+    return carry(work, name, config, *since)

@@ -6,6 +6,7 @@ may read it with `read_view`.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +16,12 @@ from typing import Any
 import apsw
 import msgpack
 
+from rank_client.redact import Redactor
+
 from ..series.db import fetch, open_reader, open_writer
+from . import quarantine
+from .base import Sent
+from .quarantine import Kept, Quarantine
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS about(name TEXT PRIMARY KEY, value ANY) STRICT, WITHOUT ROWID;
@@ -29,10 +35,6 @@ CREATE TABLE IF NOT EXISTS taken_media(
 CREATE TABLE IF NOT EXISTS skipped(
   reason TEXT PRIMARY KEY, items INTEGER NOT NULL
 ) STRICT, WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS quarantine(
-  id INTEGER PRIMARY KEY, at_ns INTEGER NOT NULL, items INTEGER NOT NULL,
-  what TEXT NOT NULL, reason TEXT NOT NULL
-) STRICT;
 """
 
 
@@ -60,6 +62,7 @@ class SinkView:
     sent_wall_ns: int  #: wall time of the newest item delivered
     updated_ns: int
     export: str  #: the folder of a whole offline export, or empty
+    asked: int = 0  #: of the quarantined: about to be tried again
 
     def waiting(self, passed: int) -> int:
         """Items that passed the rules and are neither delivered nor skipped nor quarantined."""
@@ -73,8 +76,10 @@ class Store:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.db = open_writer(path, synchronous=2)
         with self.db:
-            for _ in self.db.execute(_SCHEMA):
+            for _ in self.db.execute(_SCHEMA + quarantine.SCHEMA):
                 pass
+        self._secrets = Redactor(os.environ)
+        self.quarantine = Quarantine(self.db, self._secrets.text)
         self._puts: dict[str, Any] = {}
 
     def close(self) -> None:
@@ -113,6 +118,8 @@ class Store:
 
     def note(self, **values: Any) -> None:
         values["updated_ns"] = time.time_ns()
+        if "reason" in values:  # a backend's words, which may quote a key
+            values["reason"] = self._secrets.text(values["reason"])
         with self.db:
             self._set(values)
 
@@ -129,9 +136,10 @@ class Store:
         packed = self.about("intent")
         return {(s, k): last for s, k, last in msgpack.unpackb(packed)} if packed else {}
 
-    def intend(self, spans: Spans) -> None:
-        """Before a delivery: should we die now, the next life knows that this may be there."""
-        self.note(intent=_packed(spans))
+    def intend(self, spans: Spans, piece: str, deaths: int) -> None:
+        """Before a delivery: should we die now, the next life knows that this may be there, and
+        which piece of a batch we did not survive, after so many deaths in a row."""
+        self.note(intent=_packed(spans), trying=piece, deaths=deaths)
 
     def receipt(
         self,
@@ -141,13 +149,12 @@ class Store:
         maybe_duplicate: int,
         spans: Spans,
         media: Iterable[tuple[bytes, int]],
-        quarantine: Iterable[tuple[int, str, str]],
+        quarantine: Iterable[Kept],
         intended: Spans,
         about: dict[str, Any],
     ) -> None:
         """After a delivery: counts, cursor and the sink's own notes in one transaction.
         `intended`: what may be there without a receipt even now."""
-        now = time.time_ns()
         with self.db:
             self._write_memory(self._puts)
             self.db.executemany(
@@ -155,25 +162,38 @@ class Store:
                 [(stream, kind, last) for (stream, kind), last in spans.items()],
             )
             self.db.executemany("INSERT OR IGNORE INTO taken_media VALUES(?,?)", list(media))
-            self.db.executemany(
-                "INSERT INTO skipped VALUES(?,?)"
-                " ON CONFLICT(reason) DO UPDATE SET items = items + excluded.items",
-                list(skipped.items()),
-            )
-            self.db.executemany(
-                "INSERT INTO quarantine(at_ns, items, what, reason) VALUES(?,?,?,?)",
-                [(now, items, what, reason) for items, what, reason in quarantine],
-            )
-            self._set(
-                {
-                    **about,
-                    "delivered": self.about("delivered", 0) + delivered,
-                    "maybe_duplicate": self.about("maybe_duplicate", 0) + maybe_duplicate,
-                    "intent": _packed(intended),
-                    "updated_ns": now,
-                }
-            )
+            self.quarantine.add(quarantine)
+            self._count(delivered, skipped, maybe_duplicate)
+            self._set({**about, "intent": _packed(intended), "updated_ns": time.time_ns()})
         self._puts.clear()
+
+    def receipt_of_release(
+        self,
+        sent: Sent,
+        gone: Iterable[int],
+        stay: Iterable[tuple[int, str]],
+        about: dict[str, Any],
+    ) -> None:
+        """After another try of what was in quarantine: `gone` ids were taken, `stay` refused."""
+        with self.db:
+            self._write_memory(self._puts)
+            self.quarantine.settle(gone, stay)
+            self._count(sent.delivered, sent.skipped, sent.maybe_duplicate)
+            self._set({**about, "updated_ns": time.time_ns()})
+        self._puts.clear()
+
+    def _count(self, delivered: int, skipped: dict[str, int], maybe_duplicate: int) -> None:
+        self.db.executemany(
+            "INSERT INTO skipped VALUES(?,?)"
+            " ON CONFLICT(reason) DO UPDATE SET items = items + excluded.items",
+            list(skipped.items()),
+        )
+        self._set(
+            {
+                "delivered": self.about("delivered", 0) + delivered,
+                "maybe_duplicate": self.about("maybe_duplicate", 0) + maybe_duplicate,
+            }
+        )
 
 
 def _packed(spans: Spans) -> bytes:
@@ -187,7 +207,11 @@ def read_view(path: Path) -> SinkView:
         with db:
             about: dict[str, Any] = dict(fetch(db, "SELECT name, value FROM about"))
             skipped = dict(fetch(db, "SELECT reason, items FROM skipped"))
-            [(quarantined,)] = fetch(db, "SELECT coalesce(sum(items), 0) FROM quarantine")
+            [(quarantined, asked)] = fetch(
+                db,
+                "SELECT coalesce(sum(items), 0), coalesce(sum(items * (asked > 0)), 0)"
+                " FROM quarantine",
+            )
     finally:
         db.close()
     return SinkView(
@@ -201,6 +225,7 @@ def read_view(path: Path) -> SinkView:
         about.get("sent_wall_ns", 0),
         about.get("updated_ns", 0),
         about.get("export", ""),
+        asked,
     )
 
 

@@ -21,9 +21,11 @@ from rank_client.wire.disk import OsDisk
 from rank_client.wire.records import UNNUMBERED
 from rank_client.wire.segments import SPOOL_KINDS, scan_segment, segment_indexes
 
+from ..rules.changes import SYSTEM
 from ..series.reader import About, Reader, StreamRow
 from ..sinks.store import SinkView, read_views
 from .finding import Label, label, reading, run_dirs
+from .media import FileRow, files_of
 from .pace import RECENT_ROWS, STUCK_SECONDS, patience
 from .points import KeyRow, key_row, lives_of, matching_keys
 from .problems import Problem, find_problems, twins, unreachable
@@ -154,6 +156,7 @@ class Shown:
     keys: tuple[KeyRow, ...]
     all_keys: int
     summary: dict[str, dict[int, Any]]  #: key → rank → final value
+    files: tuple[FileRow, ...] = ()
 
 
 # --- files -------------------------------------------------------------------
@@ -507,7 +510,9 @@ def _sink_row(view: SinkView, feed: int, newest_ns: int, started_ns: int) -> Sin
 
 
 def key_order(name: str) -> tuple[int, str]:
-    """Losses first, then compute and step times, then the rest."""
+    """Losses first, then compute and step times, then the rest; how the machine is comes last."""
+    if name.startswith(SYSTEM):
+        return 3, name
     last = name.rpartition("/")[2].lower()
     if last.endswith("loss"):
         return 0, name
@@ -532,13 +537,14 @@ def shown(
         newest = len(about.generations) - 1
         found = [key_row(reader, lives, name, newest, ranks) for name in names[:limit]]
         summary = final_values(reader, streams)
+        files = files_of(reader, streams)
     rows = tuple(row for row in found if row is not None)
-    return Shown(view, lives.attempts, _shared_step(rows), rows, len(names), summary)
+    return Shown(view, lives.attempts, _shared_step(rows), rows, len(names), summary, files)
 
 
 def _shared_step(rows: Sequence[KeyRow]) -> int:
-    """The step most keys stand at; the later one of two."""
-    steps = [row.step for row in rows]
+    """The step most keys of the training stand at; the later one of two."""
+    steps = [row.step for row in rows if not row.key.startswith(SYSTEM)]
     return max(steps, key=lambda s: (steps.count(s), s), default=-1)
 
 

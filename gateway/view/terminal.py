@@ -22,11 +22,14 @@ from .lines import (
     step_text,
     wrapped,
 )
+from .media import FileRow
 from .points import KeyRow
 from .queries import Gateway, RunView, Shown, SinkRow
-from .words import clean, clock, count, duration, moment, number, plural, size, sparkline
+from .words import clean, clock, count, duration, moment, number, plural, shorten, size, sparkline
 
 SHOWN_KEYS = 20
+SHOWN_FILES = 8
+NAME_CHARACTERS = 28
 
 
 # --- show --------------------------------------------------------------------
@@ -46,6 +49,7 @@ def show_lines(shown: Shown, width: int = WIDTH) -> list[Text]:
     lines += key_lines(shown, width)
     lines += not_finite_lines([n for row in shown.keys for n in row.not_finite])
     lines += _not_looked_at(shown)
+    lines += file_lines(shown.files, width)
     lines += logged_lines(view.accounting, view.duplicates)
     return lines + next_lines(shown)
 
@@ -114,6 +118,29 @@ def _not_looked_at(shown: Shown) -> list[Text]:
     if shown.all_keys <= len(shown.keys) or len(shown.keys) <= SHOWN_KEYS:
         return []
     return [Text(f"(NaN and Inf looked for in {len(shown.keys)} of {shown.all_keys:,} keys)")]
+
+
+def file_lines(files: Sequence[FileRow], width: int) -> list[Text]:
+    """The newest checkpoints, else the newest files, with the beginning of their checksum."""
+    if not files:
+        return []
+    chosen = [file for file in files if file.what == "checkpoint"] or list(files)
+    cells = [
+        (
+            shorten(clean(file.name), NAME_CHARACTERS),
+            clean(file.what),
+            "" if file.step is None else count(file.step),
+            str(file.rank),
+            "" if file.size_bytes is None else size(file.size_bytes),
+            clean(file.lost) or file.sha256[:12] or "on its way",
+        )
+        for file in chosen[-SHOWN_FILES:]
+    ]
+    out = columns(("FILE", "KIND", "STEP", "RANK", "SIZE", "SHA256"), cells, "<<>>><", 0, width)
+    more = len(files) - len(cells)
+    if more > 0:
+        out.append(Text(f"and {plural(more, 'more file')}: rankgate show RUN --json"))
+    return out
 
 
 # --- status ------------------------------------------------------------------

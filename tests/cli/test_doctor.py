@@ -19,7 +19,7 @@ from gateway.view import disks, reach
 from rank_client.spool import Spool
 from rank_client.wire.keys import Key, write_keyfile
 
-from ..flow.job import Job, free_port
+from ..flow.job import Job, free_port, wait_until
 from .test_reading_commands import Say, rankgate
 
 Found = dict[str, dict[str, Any]]
@@ -231,11 +231,16 @@ class TestAddress:
             job.serve("--bind", f"tcp://127.0.0.1:{port}")
             monkeypatch.setenv("RANKGATE_DIR", str(job.data))
             monkeypatch.setenv("RANKGATE_ADDR", f"tcp://127.0.0.1:{port}")
-            assert "handshake fails" in look()["RANKGATE_ADDR"]["text"]
+
+            def handshake_fails() -> bool:
+                return "handshake fails" in look()["RANKGATE_ADDR"]["text"]
+
+            wait_until(handshake_fails, what="no key is refused")  # a busy gateway says so late
             monkeypatch.setenv("RANKGATE_SECRET", "ab" * 32)
-            assert "handshake fails" in look()["RANKGATE_ADDR"]["text"]
+            wait_until(handshake_fails, what="a wrong key is refused")
             monkeypatch.delenv("RANKGATE_SECRET")
             monkeypatch.setenv("RANKGATE_KEYFILE", str(job.data / "gateway.key"))
+            wait_until(lambda: look()["RANKGATE_ADDR"]["state"] == "ok", what="it answers")
             found = look()
             assert found["gateway: key"]["state"] == "ok"
             for name in ("RANKGATE_ADDR", "gateway: socket"):

@@ -57,6 +57,7 @@ class Job:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "NO_COLOR": "1",
             "COLUMNS": "80",
+            "RANKGATE_CAPTURE_SOURCE": "0",
             **environ,
         }
         self.processes: list[subprocess.Popen[str]] = []
@@ -189,7 +190,7 @@ class Job:
         out: Counter[tuple[str, int, str, int, Any]] = Counter()
         with self.reader(run) as reader:
             streams = {s.index: s for s in reader.streams()}
-            for key in {name for _, name, _ in reader.keys()}:
+            for key in {name for _, name, _ in reader.keys() if not name.startswith("system/")}:
                 points = reader.points(key)
                 for index, step, value in zip(
                     points.stream.tolist(), points.step.tolist(), points.value.tolist(), strict=True

@@ -125,4 +125,5 @@ def test_json_of_drain(tmp_path: Path) -> None:
         job.processes[-1].communicate(timeout=60)
         code, out, _ = job.cli("drain", "--json")
         assert code == 0
-        assert json.loads(out) == {"done": True, "runs": {"r1": {"done": True, "waiting": []}}}
+        runs = {"r1": {"done": True, "waiting": []}}
+        assert json.loads(out) == {"done": True, "runs": runs, "replay": []}

@@ -24,7 +24,7 @@ from .job import Job, free_port, wait_until
 BUSY = """
 import os, signal, sys
 import rank_client
-run = rank_client.init(project="flow")
+run = rank_client.init(project="flow", capture_console=False)
 n = int(sys.argv[1])
 for step in range(n):
     run.log({f"key/{i}": float(step) for i in range(20)}, step=step)

@@ -12,6 +12,7 @@ import msgspec
 from gateway import app, supervise
 from gateway.config import build
 from gateway.sinks import registry
+from gateway.sinks.base import SinkKind
 from rank_client.redact import is_secret_name
 from rank_client.wire import keys
 from rank_client.wire.keys import BadKey, Key, read_keyfile, write_keyfile
@@ -110,8 +111,8 @@ def with_all_of_it(patched: Any) -> None:
 def no_secret_in_a_config(_: Path) -> None:
     """A sink's config is handed to its process as an argument, so it must not be able to hold a
     secret: tokens come from the environment."""
-    for config in registry.CONFIGS.values():
-        assert [n for n in config.__struct_fields__ if is_secret_name(n)] == []
+    for kind in registry.BUILT_IN.values():
+        assert [n for n in kind.config.__struct_fields__ if is_secret_name(n)] == []
 
 
 class Leaky(msgspec.Struct):
@@ -138,6 +139,6 @@ ROWS = [
         THREAT,
         "no config can hold a secret",
         no_secret_in_a_config,
-        lambda patched: patched.setitem(registry.CONFIGS, "leaky", Leaky),
+        lambda patched: patched.setitem(registry.BUILT_IN, "leaky", SinkKind(Leaky, nothing)),
     ),
 ]

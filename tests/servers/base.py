@@ -44,7 +44,8 @@ class Fault:
     """What to do instead of, or after, handling a request whose path matches.
 
     mode: `status` (answer `reply`, do nothing) · `cut` (close the connection, do nothing) ·
-    `apply_then_cut` (do it, then close without an answer) · `delay` (wait, then do it).
+    `cut_body` (close in the middle of its body) · `apply_then_cut` (do it, then close without an
+    answer) · `delay` (wait, then do it).
     """
 
     pattern: re.Pattern[str]
@@ -66,6 +67,7 @@ class StandIn:
         self.requests: list[tuple[str, str, int]] = []  #: (method, path, status), status 0 = cut
         self.answering: set[int] = set()  #: clients' ports whose request is not answered yet
         self.latency_seconds = 0.0  #: of each answer: half before it is carried out, half after
+        self.keep_alive = True  #: False: a connection carries one request
         self._faults: list[Fault] = []
         outer = self
 
@@ -141,11 +143,13 @@ class StandIn:
                 raise AssertionError(f"not within {seconds} s; last: {self.requests[-10:]}")
             time.sleep(0.01)
 
-    def _take_fault(self, path: str) -> Fault | None:
+    def _take_fault(self, path: str, mode: str = "") -> Fault | None:
+        """The next one for this path: of that mode, or of any that does not cut a body."""
         now = time.monotonic()
         self._faults = [f for f in self._faults if f.times > 0 and f.until > now]
         for fault in self._faults:
-            if fault.pattern.search(path):
+            wanted = fault.mode == mode if mode else fault.mode != "cut_body"
+            if wanted and fault.pattern.search(path):
                 fault.times -= 1
                 return fault
         return None
@@ -153,6 +157,12 @@ class StandIn:
     def _serve(self, handler: BaseHTTPRequestHandler) -> None:
         parts = urlsplit(handler.path)
         length = int(handler.headers.get("Content-Length") or 0)
+        with self.lock:
+            cut = self._take_fault(parts.path, "cut_body")
+        if cut:
+            handler.rfile.read(length // 2)
+            self._cut(handler, Request(handler.command, parts.path, {}, {}, b""))
+            return
         body = handler.rfile.read(length)
         if len(body) < length:
             return
@@ -192,6 +202,8 @@ class StandIn:
         handler.send_response(reply.status)
         handler.send_header("Content-Type", reply.content_type)
         handler.send_header("Content-Length", str(len(reply.body)))
+        if not self.keep_alive:
+            handler.send_header("Connection", "close")  # and the handler closes it
         for name, value in reply.headers.items():
             handler.send_header(name.replace("_", "-"), value)
         handler.end_headers()

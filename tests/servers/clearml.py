@@ -27,6 +27,10 @@ SECRET_KEY = "stand-in-secret"
 EVENT_TYPES = {"training_stats_scalar", "training_debug_image", "plot", "log"}
 MAX_KEYWORD_BYTES = 32766  #: what Elasticsearch indexes as one keyword
 MAX_FLOAT32 = 3.4028234663852886e38
+MAX_LAST_METRICS = 2000  #: series of a task that its table of last values holds
+#: titles whose points do not count as iterations of the task
+NO_ITERATION = {":monitor:machine", ":monitor:gpu"}
+NON_RESPONSIVE_SECONDS = 7200  #: after so long without a sign of life a task is stopped
 BULK = 500  #: events are indexed in chunks of this size; a bad one ends it after its chunk
 #: task fields tasks.create and tasks.edit take
 TASK_FIELDS = {
@@ -98,6 +102,8 @@ class ClearmlServer(StandIn):
         self.calls: list[tuple[str, Any]] = []  #: (service.action, body) that passed auth
         self.batch_sizes: list[tuple[int, int]] = []  #: (events, bytes) of each add_batch
         self.accepted_scalar_sends = 0  #: also counts the same point sent again
+        self.seconds = 0.0  #: the clock of `watchdog`; tests move it
+        self.heard: dict[str, float] = {}  #: task → when an event, edit or ping came
 
     @property
     def env(self) -> dict[str, str]:
@@ -136,7 +142,11 @@ class ClearmlServer(StandIn):
             raise ApiError(400, 1, f"endpoint is not supported: {endpoint}")
         body = self._body(request, endpoint)
         self.calls.append((endpoint, body))
-        return handler(body)
+        data = handler(body)
+        if endpoint.partition(".")[2] not in ("get_all", "get_by_id", "get_task_log"):
+            named = body[0] if isinstance(body, list) else body
+            self.heard[named.get("task") or data.get("id", "")] = self.seconds
+        return data
 
     def _body(self, request: Request, endpoint: str) -> Any:
         if request.headers.get("content-type", "").startswith("application/json-lines"):
@@ -293,6 +303,17 @@ class ClearmlServer(StandIn):
         task = self._task(body, bool(body.get("force")))
         return {"updated": 1, "fields": self._set_task(task, body)}
 
+    def _tasks_edit_configuration(self, body: dict[str, Any]) -> dict[str, Any]:
+        task = self._task(body, bool(body.get("force")))
+        for item in body["configuration"]:
+            if not item.get("name") or not isinstance(item.get("value"), str):
+                raise ApiError(400, 12, "validation error: a configuration needs name and text")
+        if body.get("replace_configuration"):
+            task["configuration"] = {}
+        there = task.setdefault("configuration", {})
+        there.update({item["name"]: item for item in body["configuration"]})
+        return {"updated": 1}
+
     def _check_param(self, item: dict[str, Any]) -> None:
         if not item.get("section") or not item.get("name"):
             raise ApiError(400, 11, "missing required fields: section, name")
@@ -342,7 +363,8 @@ class ClearmlServer(StandIn):
         return {"updated": 1}
 
     def _tasks_set_requirements(self, body: dict[str, Any]) -> dict[str, Any]:
-        self._task(body)
+        task = self._task(body)
+        task["script"] = {**(task.get("script") or {}), "requirements": body["requirements"]}
         return {"updated": 1}
 
     def _tasks_ping(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -371,8 +393,29 @@ class ClearmlServer(StandIn):
     def _tasks_failed(self, body: dict[str, Any]) -> dict[str, Any]:
         return self._status(body, "failed")
 
+    def _tasks_stop(self, body: dict[str, Any]) -> dict[str, Any]:
+        """An abort in the web page: carried out at once where no agent runs the task."""
+        task = self._task(body)
+        if "development" in (task.get("system_tags") or []):
+            return self._status({**body, "status_message": "Stopped by u"}, "stopped")
+        task["status_message"] = "stopping"
+        return {"updated": 1, "fields": {"status_message": "stopping"}}
+
     def _tasks_stopped(self, body: dict[str, Any]) -> dict[str, Any]:
         return self._status(body, "stopped")
+
+    def abort(self, task: str) -> None:
+        """As a person in the web page does."""
+        with self.lock:
+            self._tasks_stop({"task": task})
+
+    def watchdog(self) -> None:
+        """Stop what is in progress and was not heard of for two hours."""
+        for ident, task in self.tasks.items():
+            silent = self.seconds - self.heard.get(ident, 0.0)
+            if task["status"] == "in_progress" and silent > NON_RESPONSIVE_SECONDS:
+                why = "Forced stop (non-responsive)"
+                task |= {"status": "stopped", "status_reason": why, "status_message": why}
 
     # -- models -------------------------------------------------------------------------------
 
@@ -401,6 +444,15 @@ class ClearmlServer(StandIn):
         return {"updated": 1, "fields": fields}
 
     _models_update = _models_edit
+
+    def _models_add_or_update_metadata(self, body: dict[str, Any]) -> dict[str, Any]:
+        model = self._model(body)
+        items = {item["key"]: item for item in body["metadata"]}
+        if not all(isinstance(item.get("value"), str) for item in items.values()):
+            raise ApiError(400, 12, "validation error: metadata values are text")
+        kept = {} if body.get("replace_metadata") else model.get("metadata", {})
+        model["metadata"] = {**kept, **items}
+        return {"updated": 1}
 
     def _models_get_by_id(self, body: dict[str, Any]) -> dict[str, Any]:
         return {"model": self._model(body)}
@@ -474,9 +526,23 @@ class ClearmlServer(StandIn):
                 self.events[ident] = event
                 if event["type"] == "training_stats_scalar":
                     self.accepted_scalar_sends += 1
+                self._tell_task(event)
             if bad:
                 raise ApiError(500, 100, f"{bad} document(s) failed to index")
         return len(actions)
+
+    def _tell_task(self, event: dict[str, Any]) -> None:
+        """The task's own last iteration and last values, as its row in the table shows them."""
+        task = self.tasks[event["task"]]
+        if event.get("iter") is not None and event["metric"] not in NO_ITERATION:
+            task["last_iteration"] = max(task["last_iteration"], event["iter"])
+        if event["type"] == "training_stats_scalar":
+            last = task.setdefault("last_metrics", {})
+            ids = [hashlib.md5(event[f].encode()).hexdigest() for f in ("metric", "variant")]
+            known = ids[1] in last.get(ids[0], {})
+            if known or sum(map(len, last.values())) < MAX_LAST_METRICS:
+                named = {f: event[f] for f in ("metric", "variant", "value")}
+                last.setdefault(ids[0], {})[ids[1]] = named
 
     def _indexable(self, event: dict[str, Any]) -> bool:
         for field in ("metric", "variant", "worker", "level", "key", "url"):
@@ -593,6 +659,10 @@ class ClearmlServer(StandIn):
     def params(self, task: str) -> dict[str, dict[str, str]]:
         sections = self.tasks[task]["hyperparams"]
         return {s: {n: i["value"] for n, i in items.items()} for s, items in sections.items()}
+
+    def configuration(self, task: str) -> dict[str, Any]:
+        there = self.tasks[task].get("configuration") or {}
+        return {name: json.loads(item["value"]) for name, item in there.items()}
 
     def artifacts(self, task: str) -> dict[str, dict[str, Any]]:
         return {a["key"]: a for a in self._artifacts(self.tasks[task])}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 import re
 import tarfile
 import time
@@ -197,6 +196,24 @@ DEFINITIONS: dict[str, dict[str, str]] = {
     "Value": {"value": ""},
     "Values": {"values": ""},
     "Nothing": {},
+}
+
+#: bodies that are not plain JSON as they come: the client turns a date into text only when told
+BODIES = {
+    "@experimentCreationParams": {
+        "properties": {
+            "gitInfo": {
+                "properties": {
+                    "commit": {
+                        "properties": {"commitDate": {"type": "string", "format": "date-time"}},
+                        "type": "object",
+                    }
+                },
+                "type": "object",
+            }
+        },
+        "type": "object",
+    }
 }
 
 ATOMS = {
@@ -548,7 +565,7 @@ class NeptuneServer(StandIn):
 
     def _op_executeOperations(self, request: Request) -> Reply:
         run = self._find(request)
-        operations = request.json()
+        operations = json.loads(request.body, parse_constant=_no_number)
         self.operation_requests += 1
         new = {o["path"] for o in operations} - set(run.attributes)
         if len(run.attributes) + len(new) > self.max_fields:
@@ -611,8 +628,6 @@ class NeptuneServer(StandIn):
 
     def _assign(self, run: Run, path: str, kind: str, content: dict[str, Any]) -> list[str]:
         value = content["valueMilliseconds" if kind == "datetime" else "value"]
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ProblemError(400, "not valid JSON: a number that is not finite")
         wanted = {"float": (int, float), "int": int, "bool": bool, "string": str}.get(kind, int)
         if not isinstance(value, wanted) or (kind != "bool" and isinstance(value, bool)):
             return [f"Value of {path} is not a {kind}"]
@@ -625,17 +640,13 @@ class NeptuneServer(StandIn):
         return []
 
     def _log(self, run: Run, path: str, kind: str, entries: list[dict[str, Any]]) -> list[str]:
-        for entry in entries:
-            for number in (entry["step"], entry["value"]):
-                if isinstance(number, float) and not math.isfinite(number):
-                    raise ProblemError(400, "not valid JSON: a number that is not finite")
         attribute, why = self._attribute(run, path, kind)
         if attribute is None:
             return [why]
         errors = []
+        last = attribute.points[-1] if attribute.points else None
         for entry in entries:
-            last = attribute.points[-1] if attribute.points else None
-            step, stamp = entry["step"], entry["timestampMilliseconds"]
+            step, stamp, value = entry["step"], entry["timestampMilliseconds"], entry["value"]
             if step is None:
                 step = last[0] + 1 if last else 0
             if last and step <= last[0]:
@@ -648,13 +659,13 @@ class NeptuneServer(StandIn):
                     "Timestamp must be non-decreasing for series attribute: "
                     f"{path}. Invalid point: {stamp}"
                 )
-            elif isinstance(entry["value"], (int, float)) != (kind == "floatSeries"):
+            elif isinstance(value, (int, float)) != (kind == "floatSeries"):
                 errors.append(f"Value of {path} does not fit {kind}")
             else:
-                value = entry["value"]
                 if kind == "imageSeries":
                     value = base64.b64decode(value["data"])
-                attribute.points.append((step, value, stamp))
+                last = (step, value, stamp)
+                attribute.points.append(last)
         return errors
 
     # ------------------------------------------------------------------ uploads
@@ -759,6 +770,10 @@ class NeptuneServer(StandIn):
         return Reply.of({"values": sorted(self._existing(request, "stringSet").value)})
 
 
+def _no_number(text: str) -> Any:
+    raise ProblemError(400, f"not valid JSON: {text} is not a number")
+
+
 def _schema(kind: str) -> dict[str, Any]:
     if kind.startswith("["):
         return {"type": "array", "items": _schema(kind[1:-1])}
@@ -767,7 +782,7 @@ def _schema(kind: str) -> dict[str, Any]:
 
 def _parameter(word: str) -> dict[str, Any]:
     if word.startswith("@"):
-        return {"name": word[1:], "in": "body", "required": True, "schema": {}}
+        return {"name": word[1:], "in": "body", "required": True, "schema": BODIES.get(word, {})}
     if word.startswith("^"):
         return {"name": word[1:], "in": "header", "type": "string"}
     if word.endswith("[]"):

@@ -32,7 +32,12 @@ class Model:
     chunks: list[tuple[int, str]] = field(default_factory=list)
     checkpoints: list[tuple[str, bytes]] = field(default_factory=list)  #: promoted: name, bytes
     results: dict[str, Any] | None = None
+    complete: dict[str, Any] = field(default_factory=dict)  #: training_complete's whole data
+    completes: int = 0  #: how often it came
     error: str | None = None
+    code: str | None = None
+    system: list[dict[str, Any]] = field(default_factory=list)  #: of system_metrics
+    beats: int = 0  #: signs of life
     cancelled: str | None = None
     ignored: str | None = None
 
@@ -191,11 +196,21 @@ class PlatformServer(StandIn):
         if data["runId"] != model.run_id or not isinstance(data["results"]["metrics"], dict):
             raise BadRequestError("results.metrics and runId, please")
         model.results, model.status = data["results"], "completed"
+        model.complete, model.completes = data, model.completes + 1
 
     def _take_training_failed(self, model: Model, data: dict[str, Any]) -> None:
         if not isinstance(data["error"], str):
             raise BadRequestError("error is a text")
         model.error, model.status = data["error"], "failed"
+        model.code = data.get("code")
+
+    def _take_system_metrics(self, model: Model, data: dict[str, Any]) -> None:
+        if not isinstance(data["system"], dict):
+            raise BadRequestError("system, please")
+        model.system.append(data["system"])
+
+    def _take_training_progress(self, model: Model, data: dict[str, Any]) -> None:
+        model.beats += 1
 
     def _place(self, body: dict[str, Any]) -> Reply:
         model = self._model(body)

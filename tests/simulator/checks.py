@@ -305,7 +305,7 @@ class Checks:
             assert max(have.values(), default=1) == 1, have.most_common(3)
             return
         assert have == want, f"too many: {list(have - want)[:3]}"
-        aside = sum(items for items, _, _ in world.sink.committed.get("quarantine", ()))
+        aside = sum(kept.items for kept in world.sink.committed.get("quarantine", ()))
         assert aside == poisoned, f"{aside} kept aside, {poisoned} poisoned"
         passed = sum(n for name, n in series.counters.items() if name.startswith("passed "))
         rows = [m for m in series.media.values() if not m.sha256 and not m.lost]

@@ -20,6 +20,7 @@ from gateway.journal.writer import Journal
 from gateway.rules.generations import Generations
 from gateway.rules.project import Projection
 from gateway.sinks.loop import Loop
+from gateway.sinks.quarantine import Kept
 from rank_client.spool import Spool
 from rank_client.wire import records, segments
 from rank_client.wire.frames import Type
@@ -491,7 +492,8 @@ def _() -> Patches:
         try:
             return self._sink.send(items, again)
         except stores.Refused as error:
-            self._quarantine.append((sum(i.items for i in items), "batch", str(error)))
+            n = sum(i.items for i in items)
+            self._quarantine.append(Kept("rows", b"", 0, "", n, "batch", str(error)))
             return stores.Sent()
 
     return [(Loop, "_deliver", wrong)]

@@ -20,6 +20,7 @@ from gateway.rules.project import Projection
 from gateway.rules.rows import TAIL_HEAD_COLUMNS
 from gateway.series.reader import About, Block, FeedEntry, MediaRow, StreamRow
 from gateway.sinks.base import Item, Memory, Refused, Rows, RunInfo, Sent, Unavailable
+from gateway.sinks.quarantine import Kept, Row
 from gateway.sinks.store import Spans
 
 _STREAM_FIELDS = StreamRow.__slots__[3:]
@@ -126,8 +127,17 @@ class SimSeries:
         return self._maps[kind, stream, seq]
 
 
+class NobodyAsks:
+    """A quarantine that no person looks into."""
+
+    def due(self, limit: int) -> list[Row]:
+        return []
+
+
 class SimStore:
     """A sink's store. `kill(where)` may raise Killed before or after each commit."""
+
+    quarantine = NobodyAsks()
 
     def __init__(self, committed: dict[str, Any], kill: Callable[[str], None]) -> None:
         self._kept = committed
@@ -155,8 +165,8 @@ class SimStore:
     def intended(self) -> Spans:
         return dict(self._kept.get("intent", {}))
 
-    def intend(self, spans: Spans) -> None:
-        self.note(intent=dict(spans))
+    def intend(self, spans: Spans, piece: str, deaths: int) -> None:
+        self.note(intent=dict(spans), trying=piece, deaths=deaths)
 
     def taken(self) -> tuple[Spans, set[tuple[bytes, int]]]:
         return dict(self._kept.get("spans", {})), set(self._kept.get("media", ()))
@@ -169,7 +179,7 @@ class SimStore:
         maybe_duplicate: int,
         spans: Spans,
         media: Iterable[tuple[bytes, int]],
-        quarantine: Iterable[tuple[int, str, str]],
+        quarantine: Iterable[Kept],
         intended: Spans,
         about: dict[str, Any],
     ) -> None:

@@ -10,8 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -31,6 +32,9 @@ from gateway.sinks.base import (
 )
 from gateway.sinks.clearml import ClearmlConfig, ClearmlSink
 from gateway.sinks.clearml_export import ClearmlExport
+from gateway.sinks.clearml_records import configuration
+from gateway.sinks.loop import KEEP_ALIVE_SECONDS
+from gateway.sinks.naming import NOT_IN_ORIGINAL
 from tests.servers.clearml import ClearmlServer
 from tests.sinks.fakes import MemoryDict
 
@@ -333,6 +337,54 @@ class TestScalars:
         properties = {"note": "good", "none": "", "loss": "nan"}
         assert server.params(task)["properties"] == properties
 
+    def test_iteration_offset(self, server: ClearmlServer) -> None:
+        """A run that comes back goes on with its own steps: the server's last iteration is not
+        added to them."""
+        memory = MemoryDict()
+        for value in (1.0, 2.0):
+            sink = ClearmlSink()
+            sink.open(RUN, memory)
+            sink.send([rows({"a": [value] * 26})], again=False)
+            sink.close("completed", "")
+        task = server.tasks[only_task(server)]
+        assert task["last_iteration"] == 250
+        assert server.scalars(task["id"]) == {("a", "a", i * 10): 2.0 for i in range(26)}
+
+    def test_more_series_than_the_table_holds(
+        self, server: ClearmlServer, sink: ClearmlSink
+    ) -> None:
+        """Of 2500 series all points arrive; the server's table of last values holds 2000."""
+        keys = [f"layer{i}/norm" for i in range(2500)]
+        assert sink.send([rows({key: [1.0] for key in keys})], again=False).delivered == 2500
+        task = only_task(server)
+        assert len(server.scalars(task)) == 2500
+        assert sum(map(len, server.tasks[task]["last_metrics"].values())) == 2000
+
+    def test_machine_metrics(self, server: ClearmlServer, sink: ClearmlSink) -> None:
+        """A machine's metrics have the vendor's names, and do not count as iterations."""
+        machine = {"system/cpu_percent": [5.0] * 9, "system/gpu/1/power_watts": [300.0] * 9}
+        sink.send([rows(machine), rows({"system/network_sent_mbs": [1.0]}, rank=8)], again=False)
+        sink.send([rows({"loss": [0.5, 0.4]})], again=False)
+        task = only_task(server)
+        assert {names[:2] for names in server.scalars(task)} == {
+            (":monitor:machine", "cpu_usage"),
+            (":monitor:gpu", "gpu_1_power_draw"),
+            (":monitor:machine", "network_tx_mbs (rank 8)"),
+            ("loss", "loss"),
+        }
+        assert server.tasks[task]["last_iteration"] == 10
+
+    def test_names_of_ultralytics(self, server: ClearmlServer) -> None:
+        """Points that Ultralytics' own callback does not send are skipped, and counted as that."""
+        sink = ClearmlSink()
+        sink.open(replace(RUN, source="ultralytics"), MemoryDict())
+        sent = sink.send([rows({"train/box_loss": [1.0, 2.0], "fitness": [0.1, 0.2]})], False)
+        assert sent == Sent(delivered=2, skipped={NOT_IN_ORIGINAL: 2})
+        assert set(server.scalars(only_task(server))) == {
+            ("train", "train/box_loss", 0),
+            ("train", "train/box_loss", 10),
+        }
+
 
 class TestTrouble:
     def test_busy(self, server: ClearmlServer, sink: ClearmlSink) -> None:
@@ -436,6 +488,21 @@ class TestText:
         assert server.log_lines(only_task(server)) == [f"line {i}" for i in range(700)]
         assert sum(requests) == 700 + 200
 
+    def test_console(self, server: ClearmlServer, sink: ClearmlSink) -> None:
+        """What ranks print is told apart by rank, in the line and in its `worker`; stderr has the
+        level that the vendor's own capture gives it."""
+        out = [
+            Text(STREAM, rank, 1, START_NS + rank * 10**6, level, "hi", console=True)
+            for rank, level in ((0, "stdout"), (63, "stderr"))
+        ]
+        assert sink.send(out, again=False) == Sent(delivered=2)
+        told = [(e["msg"], e["level"], e["worker"]) for e in server.events.values()]
+        mark = STREAM.hex()[:16]
+        assert told == [
+            ("hi", "info", f"rank0/{mark}/1"),
+            ("[rank 63] hi", "error", f"rank63/{mark}/1"),
+        ]
+
 
 class TestParams:
     def test_values(self, server: ClearmlServer, sink: ClearmlSink) -> None:
@@ -449,6 +516,79 @@ class TestParams:
             "General": {"lr": "0.1", "net/depth": "3", "name": "", "flag": "True"},
             "Rank 2": {"lr": "x"},
         }
+        types = {
+            n: p["type"]
+            for n, p in server.tasks[only_task(server)]["hyperparams"]["General"].items()
+        }
+        assert types == {"lr": "float", "net/depth": "int", "name": "", "flag": "bool"}
+
+    def test_configuration(self, server: ClearmlServer, sink: ClearmlSink) -> None:
+        """What hyperparameters flatten to text is there as it was in the configuration object,
+        over all calls, for each rank."""
+        first = {"lr": 0.1, "net/depth": 3, "net/freeze": None, "name": "1", "resume": False}
+        sink.send([Params(STREAM, 0, 1, START_NS, first)], again=False)
+        later = {"lr": 1e-5, "net/head/kind": "linear"}
+        both = [Params(STREAM, 0, 2, START_NS, later), Params(STREAM, 2, 1, START_NS, {"lr": 3})]
+        sink.send(both, again=False)
+        sink.send(both, again=True)
+        assert server.configuration(only_task(server)) == {
+            "config": {
+                "lr": 1e-5,
+                "net": {"depth": 3, "freeze": None, "head": {"kind": "linear"}},
+                "name": "1",
+                "resume": False,
+            },
+            "config (rank 2)": {"lr": 3},
+        }
+
+    @pytest.mark.parametrize("first", [{"a": 1, "a/b": 2}, {"a/b": 2, "a": 1}])
+    def test_a_key_and_a_folder(self, first: dict[str, int]) -> None:
+        """Of a key that is also a folder of others nothing is lost, however often it is merged."""
+        text = configuration("", first)
+        again = configuration(text, {"c": 3})
+        merged = json.loads(configuration(again, first))
+        assert merged in ({"a": 1, "a/b/": 2, "c": 3}, {"a": {"b": 2}, "a/": 1, "c": 3})
+
+    SOURCE: ClassVar[dict[str, Any]] = {
+        "source/repository": "git@example.org:team/digits.git",
+        "source/branch": "main",
+        "source/commit": "c0ffee",
+        "source/dirty": True,
+        "source/entry_point": "train.py",
+        "source/working_dir": "src",
+        "source/python": "3.11.7",
+        "source/packages": "numpy==1.26.4\ntorch==2.5.1",
+        "source/cpu_count": 64,
+    }
+
+    def test_source(self, server: ClearmlServer, sink: ClearmlSink, tmp_path: Path) -> None:
+        """Where the code comes from stands in the task's script and runtime, not among the
+        hyperparameters; uncommitted changes go away with a launch that has none."""
+        task = server.tasks[only_task(server)]
+        mine = {**self.SOURCE, "source/of_mine": 1}
+        diff = media(tmp_path, "file", "source.diff", "source.diff", b"+ a line\n")
+        sink.send([Params(STREAM, 0, 1, START_NS, mine), diff], again=False)
+        assert task["script"] == {
+            "repository": "git@example.org:team/digits.git",
+            "branch": "main",
+            "version_num": "c0ffee",
+            "entry_point": "train.py",
+            "working_dir": "src",
+            "binary": "python3.11",
+            "requirements": {"pip": "numpy==1.26.4\ntorch==2.5.1"},
+            "diff": "+ a line\n",
+        }
+        assert task["runtime"] == {
+            "rankgate_run": "run-1",
+            "python_version": "3.11.7",
+            "cpu_cores": 64,
+            "uncommitted_changes": True,
+        }
+        assert server.params(task["id"]) == {"General": {"source/of_mine": "1"}}
+        assert server.artifacts(task["id"]) == {}
+        clean = {"source/dirty": False, "source/commit": "beef"}
+        sink.send([Params(STREAM, 0, 3, START_NS, clean)], again=False)
+        assert (task["script"]["diff"], task["script"]["version_num"]) == ("", "beef")
 
 
 class TestMedia:
@@ -540,6 +680,201 @@ class TestMedia:
         with pytest.raises(Refused, match="gone"):
             sink.send([item], again=False)
 
+    def test_preview(self, server: ClearmlServer, sink: ClearmlSink, tmp_path: Path) -> None:
+        """The web page shows the beginning of a text file, and name and size of any other."""
+        long = b"a,b\n" * 1000
+        sink.send([media(tmp_path, "file", "t", "t.csv", long)], again=False)
+        sink.send([media(tmp_path, "file", "w", "w.bin", b"\0\1")], again=False)
+        found = server.artifacts(only_task(server))
+        shown = found["t"]["type_data"]["preview"]
+        assert shown.startswith("t.csv - 4000 bytes\na,b\na,b\n")
+        assert len(shown) < 2100
+        assert found["w"]["type_data"]["preview"] == "w.bin - 2 bytes"
+
+    def test_model_metadata(self, server: ClearmlServer, sink: ClearmlSink, tmp_path: Path) -> None:
+        """A checkpoint's metrics, step and checksum stand in the model's own table, and its classes
+        are its labels."""
+        item = media(
+            tmp_path, "checkpoint", "last.pt", "last.pt", b"w", final=True, metrics={"map": 0.5}
+        )
+        names = Summary(STREAM, 0, 1, START_NS, {"model/names": '["cat", "dog"]'})
+        sink.send([names], again=False)
+        sink.send([item], again=False)
+        (model,) = server.models.values()
+        assert model["tags"] == ["final"]
+        assert model["labels"] == {"cat": 0, "dog": 1}
+        assert {k: (v["value"], v["type"]) for k, v in model["metadata"].items()} == {
+            "map": ("0.5", "float"),
+            "step": ("7", "int"),
+            "sha256": (item.sha256, "str"),
+        }
+
+
+class Clock:
+    """A clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+class TestSilence:
+    def test_three_hours_without_anything(self, server: ClearmlServer) -> None:
+        """A task whose run logs nothing for three hours is not stopped by the server's watchdog,
+        as it is told each minute that the run lives."""
+        clock = Clock()
+        sink = ClearmlSink(monotonic=clock)
+        sink.open(RUN, MemoryDict())
+        for i in range(3 * 120):
+            clock.seconds += 30
+            server.seconds += 30
+            assert sink.send([], again=False) == Sent()
+            if i % 30 == 0:
+                server.watchdog()
+                assert server.tasks[only_task(server)]["status"] == "in_progress"
+        pings = sum(action == "tasks.ping" for action, _ in server.calls)
+        assert 170 <= pings <= 180
+        assert sink.stop_asked == ""
+
+    def test_stopped_by_the_watchdog(self, server: ClearmlServer) -> None:
+        """A task that the server gave up while nobody could reach it is started again: no person
+        has asked the training to stop."""
+        clock = Clock()
+        sink = ClearmlSink(monotonic=clock)
+        sink.open(RUN, MemoryDict())
+        server.seconds += 9000
+        server.watchdog()
+        assert server.tasks[only_task(server)]["status"] == "stopped"
+        clock.seconds += KEEP_ALIVE_SECONDS
+        sink.send([], again=False)
+        assert server.tasks[only_task(server)]["status"] == "in_progress"
+        assert sink.stop_asked == ""
+
+    def test_a_busy_run_is_looked_at_too(self, server: ClearmlServer) -> None:
+        """Between deliveries the status is read at most each 10 s, and a refusal of that does not
+        blame the batch."""
+        clock = Clock()
+        sink = ClearmlSink(monotonic=clock)
+        sink.open(RUN, MemoryDict())
+        before = len(server.calls)
+        for i in range(40):
+            clock.seconds += 1
+            sink.send([rows({"a": [1.0]}, first=i)], again=False)
+        looks = [action for action, _ in server.calls[before:]].count("tasks.get_all")
+        assert looks == 4
+        clock.seconds += 100
+        server.fail(r"tasks\.get_all", status=400)
+        with pytest.raises(Unavailable, match="does not tell"):
+            sink.send([rows({"a": [1.0]}, first=50)], again=False)
+
+
+class TestAbort:
+    def aborted(self, server: ClearmlServer, memory: MemoryDict) -> ClearmlSink:
+        clock = Clock()
+        sink = ClearmlSink(monotonic=clock)
+        sink.open(RUN, memory)
+        sink.send([rows({"a": [1.0]})], again=False)
+        assert sink.stop_asked == ""
+        server.abort(only_task(server))
+        clock.seconds += KEEP_ALIVE_SECONDS
+        sink.send([], again=False)
+        return sink
+
+    def test_asks_to_stop(self, server: ClearmlServer) -> None:
+        """An abort in the web page is a wish to stop; what the ranks still log arrives."""
+        sink = self.aborted(server, MemoryDict())
+        assert sink.stop_asked == "in ClearML the task was set to stopped: Stopped by u"
+        sink.send([rows({"a": [2.0]}, first=1)], again=False)
+        task = only_task(server)
+        assert server.tasks[task]["status"] == "stopped"
+        assert len(server.scalars(task)) == 2
+
+    @pytest.mark.parametrize(
+        ("state", "status"), [("completed", "stopped"), ("lost", "stopped"), ("failed", "failed")]
+    )
+    def test_ending(self, server: ClearmlServer, state: str, status: str) -> None:
+        """A training that ends after an abort is stopped, unless it failed."""
+        sink = self.aborted(server, MemoryDict())
+        sink.close(state, "why")
+        task = server.tasks[only_task(server)]
+        assert task["status"] == status
+        assert task["status_reason"] == f"training {state}"
+        assert task["status_message"].endswith("why")
+
+    def test_outlives_the_process(self, server: ClearmlServer) -> None:
+        """A new life of the sink asks on and leaves the task stopped; a new launch after the end
+        opens it again."""
+        memory = MemoryDict()
+        first = self.aborted(server, memory)
+        second = ClearmlSink()
+        second.open(RUN, memory)
+        assert second.stop_asked == first.stop_asked
+        assert server.tasks[only_task(server)]["status"] == "stopped"
+        second.close("completed", "")
+        third = ClearmlSink()
+        third.open(RUN, memory)
+        assert third.stop_asked == ""
+        assert server.tasks[only_task(server)]["status"] == "in_progress"
+
+    def test_deleted_in_mid_run(self, server: ClearmlServer) -> None:
+        """A task deleted while the run lives turns the sink off."""
+        clock = Clock()
+        sink = ClearmlSink(monotonic=clock)
+        sink.open(RUN, MemoryDict())
+        server.tasks.clear()
+        clock.seconds += KEEP_ALIVE_SECONDS
+        with pytest.raises(Off, match="deleted"):
+            sink.send([], again=False)
+
+
+READ = """
+import json, sys
+from clearml import Task
+task = Task.get_task(task_id=sys.argv[1])
+model = task.models["output"][0]
+print("READ=" + json.dumps({
+    "project": task.get_project_name(), "name": task.name, "tags": task.get_tags(),
+    "status": str(task.status), "reason": task.data.status_message,
+    "parameters": task.get_parameters(),
+    "configuration": task.get_configuration_object_as_dict("config"),
+    "repository": task.data.script.repository, "commit": task.data.script.version_num,
+    "artifact": open(task.artifacts["out/r.csv"].get_local_copy(), "rb").read().decode(),
+    "model": [model.name, model.framework, model.tags, model.url, model.get_all_metadata()],
+}))
+"""
+
+
+class TestReadBack:
+    def test_by_the_vendors_package(
+        self, server: ClearmlServer, sink: ClearmlSink, tmp_path: Path
+    ) -> None:
+        """The vendor's own `Task` reads what was sent: names, parameters, configuration, script,
+        artifact, model, status."""
+        config = {"lr": 0.1, "net/freeze": None, "net/depth": 3, "source/commit": "c0ffee"}
+        sink.send([*all_kinds(tmp_path), Params(STREAM, 0, 9, START_NS, config)], again=False)
+        sink.close("failed", "boom")
+        result = child(READ, {}, only_task(server))
+        assert "READ=" in result.stdout, result.stderr
+        read = json.loads(result.stdout.partition("READ=")[2].splitlines()[0])
+        assert (read["project"], read["name"]) == ("digits", "first run")
+        assert set(read["tags"]) == {"nightly", "rankgate:run-1"}
+        assert (read["status"], read["reason"]) == ("failed", "boom")
+        assert read["parameters"]["General/net/depth"] == "3"
+        assert read["parameters"]["properties/note"] == "good"
+        assert read["configuration"] == {
+            "lr": 0.1,
+            "none": None,
+            "net": {"freeze": None, "depth": 3},
+        }
+        assert read["commit"] == "c0ffee"
+        assert read["artifact"] == "file"
+        name, framework, tags, url, metadata = read["model"]
+        assert (name, framework, tags) == ("first run - best.pt", "PyTorch", ["best"])
+        assert server.file_at(url) == b"weights"
+        assert metadata["step"]["value"] == "7"
+
 
 class TestClose:
     @pytest.mark.parametrize(
@@ -612,6 +947,7 @@ class TestExport:
         }
         assert server.log_lines(task) == ["hello — x", "[rank 3] from three"]
         assert server.params(task)["General"] == {"lr": "0.1", "none": ""}
+        assert server.configuration(task) == {"config": {"lr": 0.1, "none": None}}
         assert server.params(task)["properties"] == {"note": "good"}
         assert server.tasks[task]["tags"] == ["nightly", "mine", "rankgate:run-1"]
         assert "training failed: boom" in server.tasks[task]["comment"]

@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -292,8 +293,42 @@ def test_a_deleted_model_makes_items_wait(server: HubLegacyServer, memory: Memor
     sink = opened(memory)
     sink.send([params(1, epochs=1)], again=False)
     server.models.clear()
+    before = memory.get("model")
     with pytest.raises(Unavailable, match="Model not found"):
         sink.send([rows(2, epoch=0)], again=False)
+    assert memory.get("model") == before  # it never answered: the address may be wrong
+
+
+def test_a_model_deleted_later_is_replaced(server: HubLegacyServer, memory: MemoryDict) -> None:
+    """A model that had answered and is gone gets a successor with every epoch so far."""
+    sink = opened(memory)
+    sink.send([rows(1, epoch=0, x=1.0)], again=False)
+    server.models.clear()
+    with pytest.raises(Unavailable, match="deleted"):
+        sink.send([rows(2, epoch=1, x=2.0)], again=False)
+    assert sink.send([rows(2, epoch=1, x=2.0)], again=True).delivered == 2
+    assert server.epochs(server.only()) == {0: {"x": 1.0}, 1: {"x": 2.0}}
+
+
+def test_an_ultralytics_run_keeps_its_names(server: HubLegacyServer, memory: MemoryDict) -> None:
+    """Losses and results as its own callback posts them, with the model's figures at epoch 0."""
+    sink = LegacySink(CONFIG)
+    sink.open(replace(RUN, source="ultralytics"), memory)
+    values = {"train__box_loss": 2.0, "lr__pg0": 0.1, "fitness": 0.5, "system__cpu_percent": 1.0}
+    info = Summary(STREAM, 0, 2, 2, {"model/parameters": 100})
+    args = Params(STREAM, 0, 9, 9, {"model": "weights/yolov8n.yaml", "epochs": 2})
+    parts = [
+        sink.send([args], again=False),
+        sink.send([rows(1, epoch=0, **values)], again=False),
+        sink.send([info, rows(3, epoch=1, **values)], again=False),
+        sink.close("completed", ""),
+    ]
+    expected = {"train/box_loss": 2.0}
+    epochs = {0: {**expected, "model/parameters": 100}, 1: expected}
+    assert server.epochs(server.only()) == epochs
+    assert server.models[server.only()].meta == {"name": "yolov8n.yaml"}
+    skipped = {"not in the original": 4, "hub legacy has no machine metrics": 2}
+    assert total(*parts) == (2 * 2 + 2, skipped)
 
 
 def test_lost_answer_of_metrics(server: HubLegacyServer, memory: MemoryDict) -> None:

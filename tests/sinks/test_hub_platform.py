@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from gateway.sinks.base import (
     Text,
     Unavailable,
 )
-from gateway.sinks.hub import http, platform
+from gateway.sinks.hub import http, pace, platform, results
 from gateway.sinks.hub.config import HubConfig
 from gateway.sinks.hub.export import HubExport, send_bundle
 from gateway.sinks.hub.platform import PlatformSink
@@ -209,8 +211,11 @@ def test_too_many_requests_tells_how_long(server: PlatformServer, memory: Memory
     assert caught.value.after_seconds == 7.0
 
 
-def test_a_low_limit_is_got_through(server: PlatformServer, memory: MemoryDict) -> None:
+def test_a_low_limit_is_got_through(
+    server: PlatformServer, memory: MemoryDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A batch of more requests than the limit goes on where it stopped, each epoch once."""
+    monkeypatch.setattr(pace.Pace, "hold", lambda *_: None)  # the minute is not waited for
     server.limit.calls = 4
     batch: list[Item] = [rows(seq, epoch=seq, x=float(seq)) for seq in range(10)]
     sink = opened(memory)
@@ -503,6 +508,265 @@ def test_ignored_is_not_delivered(server: PlatformServer, memory: MemoryDict) ->
     server.models[server.only()].ignored = "stale_instance"
     sent = sink.send([rows(2, epoch=0, x=1.0), text(3, "l")], again=False)
     assert total(sent) == (0, {"ignored by the platform": 3})
+
+
+SYSTEM = {
+    "system__cpu_percent": 12.5,
+    "system__memory_percent": 40.0,
+    "system__disk_read_mbs": 1.0,
+    "system__network_sent_mbs": 2.0,
+    "system__gpu__0__percent": 90.0,
+    "system__gpu__0__temperature_celsius": math.nan,
+}
+SHOWN = {
+    "cpu": 12.5,
+    "ram": 40.0,
+    "disk_io": {"read_mbs": 1.0},
+    "network": {"sent_mbs": 2.0},
+    "gpus": {"0": {"usage": 90.0, "temp": None}},
+}
+
+
+def test_machine_metrics_go_to_their_own_place(server: PlatformServer, memory: MemoryDict) -> None:
+    """The newest sample of one node is shown, also beside each epoch; no epoch waits for it."""
+    sink = opened(memory)
+    sink.send([params(1, a=1)], again=False)
+    other = rows(3, rank=8, **SYSTEM)
+    batch = [rows(2, **{**SYSTEM, "system__cpu_percent": 1.0}), rows(3, **SYSTEM), other]
+    parts = [sink.send(batch, again=False), sink.send([rows(4, epoch=0, x=1.0)], again=False)]
+    parts.append(sink.close("completed", ""))
+    model = server.models[server.only()]
+    assert model.system == [SHOWN]
+    assert (model.metrics, model.events[0]["system"]) == ({0: {"x": 1.0}}, SHOWN)
+    expected = {
+        "machine metrics: only the newest are shown": 6,
+        "machine metrics: one node is shown": 6,
+    }
+    assert total(*parts) == (6 + 2, expected)
+
+
+def test_the_last_row_of_a_stretch_is_the_newest(
+    server: PlatformServer, memory: MemoryDict
+) -> None:
+    """After an outage samples come many at once; what is shown is how the machine is now."""
+    sink = opened(memory)
+    sink.send([params(1, a=1)], again=False)
+    at = np.array([2, 3], dtype=np.int64)
+    stretch = Rows(STREAM, 0, at, at, at, {"system/cpu_percent": np.array([1.0, 99.0])})
+    sent = sink.send([stretch], again=False)
+    assert server.models[server.only()].system == [{"cpu": 99.0}]
+    assert total(sent) == (1, {"machine metrics: only the newest are shown": 1})
+
+
+def test_a_sample_whose_answer_was_lost_is_told_of(
+    server: PlatformServer, memory: MemoryDict
+) -> None:
+    """Nobody can ask for it, so its second copy is counted; one that was put off is not."""
+    sink = opened(memory)
+    sink.send([params(1, a=1)], again=False)
+    batch = [rows(2, **SYSTEM)]
+    server.fail(EVENTS, status=429)
+    with pytest.raises(Unavailable):
+        sink.send(batch, again=False)
+    server.fail(EVENTS, mode="apply_then_cut")
+    with pytest.raises(Unavailable):
+        sink.send(batch, again=True)
+    sent = sink.send(batch, again=True)
+    assert (sent.delivered, sent.maybe_duplicate) == (6, 6)
+    assert server.models[server.only()].system == [SHOWN, SHOWN]
+
+
+def test_a_quiet_run_shows_that_it_lives(server: PlatformServer, memory: MemoryDict) -> None:
+    """While nothing is logged, signs of life go out, and bring the wish to stop."""
+    clock = [0.0]
+    sink = PlatformSink(CONFIG, monotonic=lambda: clock[0])
+    sink.open(RUN, memory)
+    sink.send([rows(1, epoch=0, x=1.0)], again=False)
+    model = server.models[server.only()]
+    for clock[0] in (10.0, 50.0, 60.0, 100.0):
+        sink.send([], again=False)
+    assert (model.beats, sink.stop_asked) == (2, "")
+    server.cancel(model.id, "stopped by owner")
+    clock[0] = 200.0
+    sink.send([], again=False)
+    assert sink.stop_asked == "stopped by owner"
+
+
+def test_a_sign_of_life_that_fails_holds_nothing_up(
+    server: PlatformServer, memory: MemoryDict
+) -> None:
+    """There is no item in it: what follows goes on."""
+    clock = [0.0]
+    sink = PlatformSink(CONFIG, monotonic=lambda: clock[0])
+    sink.open(RUN, memory)
+    sink.send([params(1, a=1)], again=False)
+    clock[0] = 100.0
+    server.fail(EVENTS, status=400)
+    assert sink.send([], again=False).delivered == 0
+    assert sink.send([rows(2, epoch=0)], again=False).delivered == 1
+
+
+def test_a_deleted_model_is_replaced(server: PlatformServer, memory: MemoryDict) -> None:
+    """A model that somebody deleted gets a successor with every epoch so far."""
+    sink = opened(memory)
+    sink.send([params(1, a=1), rows(2, epoch=0, x=1.0)], again=False)
+    sink.send([rows(3, epoch=1, x=2.0)], again=False)
+    del server.models[server.only()]
+    batch = [rows(4, epoch=2, x=3.0), text(5, "after")]
+    with pytest.raises(Unavailable, match="deleted"):
+        sink.send(batch, again=False)
+    sent = opened(memory).send(batch, again=True)
+    model = server.models[server.only()]
+    assert model.metrics == {0: {"x": 1.0}, 1: {"x": 2.0}, 2: {"x": 3.0}}
+    assert model.train_args == {"a": "1"}
+    assert total(sent) == (3, {})
+
+
+def test_a_wrong_address_makes_no_models(server: PlatformServer, memory: MemoryDict) -> None:
+    """404 without the platform's own words, or before a model ever answered, is waited for."""
+    sink = opened(memory)
+    server.fail(EVENTS, status=404)
+    with pytest.raises(Unavailable):
+        sink.send([params(1, a=1)], again=False)
+    sink.send([params(1, a=1)], again=True)
+    sink.send([rows(2, epoch=0, x=1.0)], again=False)
+    page = Reply(404, b"<html>no such page</html>", "text/html")
+    server.fail(EVENTS, status=404, body=page)
+    with pytest.raises(Unavailable):
+        sink.send([rows(3, epoch=1, x=1.0)], again=False)
+    sink.send([rows(3, epoch=1, x=1.0)], again=True)
+    assert server.epochs(server.only()) == {0: {"x": 1.0}, 1: {"x": 1.0}}
+
+
+def test_a_cancelled_run_that_goes_on_gets_another_model(
+    server: PlatformServer, memory: MemoryDict
+) -> None:
+    """Else the resumed training would be stopped at once."""
+    sink = opened(memory)
+    sink.send([rows(1, epoch=0, x=1.0)], again=False)
+    first = server.only()
+    server.cancel(first, "stopped by owner")
+    sink.send([text(2, "l")], again=False)
+    sink.close("completed", "")
+    resumed = opened(memory)
+    resumed.send([rows(3, epoch=1, x=2.0)], again=False)
+    [second] = [model for model in server.models.values() if model.id != first]
+    assert second.metrics == {0: {"x": 1.0}, 1: {"x": 2.0}}
+    assert resumed.stop_asked == ""
+
+
+def test_lines_that_were_put_off_are_no_duplicates(
+    server: PlatformServer, memory: MemoryDict
+) -> None:
+    """A limit or a refused key is an answer: nothing was done, nothing is there twice."""
+    sink = opened(memory)
+    sink.send([params(1, a=1)], again=False)
+    for status in (429, 401):
+        server.fail(EVENTS, status=status)
+        with pytest.raises(Unavailable):
+            sink.send([text(2, "once")], again=False)
+    assert sink.send([text(2, "once")], again=True).maybe_duplicate == 0
+    assert server.console(server.only()) == ["once"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "code"),
+    [
+        ("rank 2: RuntimeError: out of memory", "RuntimeError"),
+        ("the launcher exited with 137", "exit 137"),
+        ("rank 0, 1 ended without a word", "lost"),
+    ],
+)
+def test_a_crash_is_told_with_a_code(
+    server: PlatformServer, memory: MemoryDict, reason: str, code: str
+) -> None:
+    """training_failed carries the reason in words and in one word."""
+    sink = opened(memory)
+    sink.send([params(1, a=1)], again=False)
+    sink.close("lost" if code == "lost" else "failed", reason)
+    model = server.models[server.only()]
+    assert model.error is not None and model.error.endswith(reason)
+    assert (model.status, model.code) == ("failed", code)
+
+
+def test_every_line_of_a_rank_is_marked(server: PlatformServer, memory: MemoryDict) -> None:
+    """A text of several lines carries its rank on each of them."""
+    opened(memory).send([text(1, "a\nb\n", rank=3)], again=False)
+    assert server.console(server.only()) == ["[rank 3] a", "[rank 3] b"]
+
+
+def test_source_goes_to_the_environment(server: PlatformServer, memory: MemoryDict) -> None:
+    """What code ran is told apart from the training's arguments."""
+    values = {"source/commit": "c0ffee", "source/packages": "a==1\nb==2", "lr": 0.1}
+    opened(memory).send([Params(STREAM, 0, 1, 1, values)], again=False)
+    model = server.models[server.only()]
+    assert model.train_args == {"lr": "0.1"}
+    assert model.start["environment"] == {"hostname": "", "gitCommit": "c0ffee"}
+
+
+def test_a_second_end_tells_the_first_one_too(
+    server: PlatformServer, memory: MemoryDict, tmp_path: Path
+) -> None:
+    """The platform keeps the last word: results, class names and curves stay when a late line
+    makes the run end again, and are counted once."""
+    sink = opened(memory)
+    columns = b'{"columns": ["x", "a", "b"], "rows": [[0, 1, 2], [1, 0, 2]]}'
+    curve = replace(media(tmp_path, 9, columns, "table"), key="Curves/f1_curve")
+    batch = [rows(1, epoch=0, x=1.0), summary(2, **{"m": 0.5, "model/names": '["cat"]'}), curve]
+    parts = [sink.send(batch, again=False), sink.close("completed", "")]
+    model = server.models[server.only()]
+    first = model.complete
+    again = opened(memory)
+    parts += [again.send([text(10, "late")], again=False), again.close("completed", "")]
+    assert model.complete == first
+    assert (first["classNames"], first["results"]["metrics"]) == (["cat"], {"x": 1.0, "m": 0.5})
+    assert first["plots"] == [{"type": "f1_curve", "x": [0, 1], "y": [[1, 0], [2, 2]]}]
+    assert total(*parts) == (5, {})
+
+
+def test_a_curve_is_thinned_evenly(tmp_path: Path) -> None:
+    """Of 1,001 points 101 are left, on a grid from the first to the last."""
+    table = {"columns": ["x", "y"], "rows": [[i / 1000, i] for i in range(1001)]}
+    (tmp_path / "table").write_text(json.dumps(table))
+    found = results.curve(tmp_path / "table", "pr_curve")
+    assert found is not None
+    assert found["x"] == pytest.approx([i / 100 for i in range(101)])
+    assert found["y"] == pytest.approx([10 * i for i in range(101)])
+
+
+ULTRALYTICS = RunInfo("run-1", "digits", "Digits run", (), 1, source="ultralytics")
+
+
+def test_an_ultralytics_run_keeps_its_names(
+    server: PlatformServer, memory: MemoryDict, tmp_path: Path
+) -> None:
+    """Metrics, model info, final results, class names and curves stand where its own callback puts
+    them."""
+    sink = PlatformSink(CONFIG)
+    sink.open(ULTRALYTICS, memory)
+    curve = media(tmp_path, 9, b'{"columns": ["x", "y"], "rows": [[0, 1], [0.5, 0.5]]}', "table")
+    curve = replace(curve, key="Curves/PR_curve")
+    values = {"train__box_loss": 2.0, "lr__pg0": 0.1, "lr__pg1": 0.1, "fitness": 0.5}
+    info = {"model/parameters": 100, "model/GFLOPs": 8.1, "model/speed_PyTorch(ms)": 1.5}
+    final = {"final/metrics/mAP50(B)": 0.9, "model/names": '["cat", "dog"]'}
+    parts = [
+        sink.send([rows(1, epoch=0, **values), Summary(STREAM, 0, 2, 2, info)], again=False),
+        sink.send([rows(3, epoch=1, **values), Summary(STREAM, 0, 4, 4, final), curve], False),
+        sink.close("completed", ""),
+    ]
+    model = server.models[server.only()]
+    assert model.metrics == {
+        0: {"train/box_loss": 2.0, "lr": 0.1},
+        1: {"train/box_loss": 2.0, "lr": 0.1},
+    }
+    figures = {"parameters": 100, "gflops": 8.1, "speedMs": 1.5}
+    assert (model.events[0]["modelInfo"], model.events[1].get("modelInfo")) == (figures, None)
+    assert (model.events[1]["fitness"], model.events[1]["best_fitness"]) == (0.5, 0.5)
+    results = server.finals(model.id)
+    assert results and results["metrics"]["metrics/mAP50(B)"] == 0.9
+    assert model.complete["classNames"] == ["cat", "dog"]
+    assert model.complete["plots"] == [{"type": "PR_curve", "x": [0, 0.5], "y": [1, 0.5]}]
+    assert total(*parts) == (2 * 4 + 3, {"not in the original": 2})
 
 
 def everything(folder: Path) -> Sequence[Sequence[Item]]:

@@ -9,13 +9,13 @@ from pathlib import Path
 import apsw
 import pytest
 
-from gateway.rules.follow import rebuild
-from gateway.series.reader import Reader
+from gateway.rules.follow import Follower, rebuild
+from gateway.series.reader import FeedEntry, Reader
 from gateway.sinks.base import Item, Off, Refused, Rows, Sent, Unavailable
-from gateway.sinks.loop import Loop
+from gateway.sinks.loop import DEADLY, KEEP_ALIVE_SECONDS, Loop
 from gateway.sinks.memory import MemorySink
 from gateway.sinks.process import run_info
-from gateway.sinks.retry import TOP_SECONDS, Backoff
+from gateway.sinks.retry import TOP_SECONDS, Backoff, asked_seconds
 from gateway.sinks.store import Store, read_view
 from tests.build import RunBuilder
 
@@ -238,11 +238,118 @@ def test_a_receipt_that_finds_no_room_leaves_its_batch_in_doubt(
 
 
 def test_waits_grow_to_five_minutes_and_never_end() -> None:
-    """Doubling with jitter; what the backend asks for is the least."""
-    backoff = Backoff(lambda: 0.5)
+    """Doubling, less up to a half by chance; what the backend asks for is the least."""
+    backoff = Backoff(lambda: 0.0)
     waits = [backoff.next_seconds() for _ in range(20)]
     assert waits[:3] == [0.5, 1.0, 2.0]
     assert waits[-1] == TOP_SECONDS
     assert backoff.next_seconds(1000.0) == 1000.0
     backoff.reset()
     assert backoff.next_seconds() == 0.5
+    assert Backoff(lambda: 0.5).next_seconds() == 0.375
+
+
+def test_retry_after_is_read_in_both_its_forms() -> None:
+    """Seconds, or a date; anything else is left to our own growing waits."""
+    at = 1_445_412_480.0
+    assert asked_seconds(" 120 ", at) == 120.0
+    assert asked_seconds("Wed, 21 Oct 2015 07:28:30 GMT", at) == 30.0
+    assert asked_seconds("Wed, 21 Oct 2015 07:27:00 GMT", at) == 0.0
+    assert [asked_seconds(text, at) for text in ("", "soon", "-5", "nan")] == [None] * 4
+
+
+def test_nothing_to_deliver_for_a_minute_still_calls_the_sink(tmp_path: Path) -> None:
+    """So that it can say that the run lives; what it held before gets a receipt."""
+
+    class Holding(MemorySink):
+        def send(self, batch: Sequence[Item], again: bool) -> Sent:
+            super().send(batch, again)
+            return Sent(delivered=0 if batch else 1)
+
+    made = RunBuilder(tmp_path, "r1")
+    made.rank(0).log({"loss": 0.5}, step=0)
+    driven = Driven(made.close(), Holding())
+    waited = 0.0
+    while waited < 1.5 * KEEP_ALIVE_SECONDS:
+        waited += driven.loop.step()
+    assert driven.sink.again == [False, False]
+    assert read_view(driven.path).delivered == 1
+
+
+def test_items_that_come_with_the_end_are_delivered_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last point and the end arrive just after the loop found nothing more in the feed."""
+    made = RunBuilder(tmp_path, "r1")
+    rank = made.rank(0).log({"loss": 0.5}, step=0)
+    driven = Driven(made.close(), MemorySink())
+    driven.loop.step()
+    look = driven.loop._fetch
+
+    def look_just_before() -> tuple[list[FeedEntry], list[Item]]:
+        found = look()
+        if not rank.ended:
+            rank.log({"loss": 1.5}, step=1).end()
+            made.journal.commit()
+            made.journal.mark()
+            follower = Follower(made.path)
+            while follower.step():
+                pass
+            follower.close()
+        return found
+
+    monkeypatch.setattr(driven.loop, "_fetch", look_just_before)
+    received = driven.sink.received
+    monkeypatch.setattr(
+        driven.sink, "close", lambda *_: Sent() if len(received) == 2 else pytest.fail("too early")
+    )
+    driven.run()
+    driven.check()
+
+
+class Deadly(MemorySink):
+    """Ends its process whenever a certain point is delivered."""
+
+    def send(self, batch: Sequence[Item], again: bool) -> Sent:
+        if ("loss", 13, 13.5) in points(batch):
+            raise SystemExit
+        return super().send(batch, again)
+
+
+def test_a_point_that_ends_every_process_is_kept_aside(tmp_path: Path) -> None:
+    """Life after life the batch is halved, until it is known which point it is."""
+    driven = Driven(builder(tmp_path).close(), Deadly())
+    lives = 1
+    while not driven.loop.done:
+        try:
+            driven.run()
+        except SystemExit:
+            lives += 1
+            driven.close()
+            driven.open()
+    assert lives < 12
+    delivered = set(points(driven.sink.received))  # all of it: this sink cannot read back
+    assert delivered == set(want()) - {("loss", 13, 13.5)}
+    [(what, reason)] = driven.store.db.execute("SELECT what, reason FROM quarantine").fetchall()
+    assert what == "loss step 13 rank 0"
+    assert "processes in a row ended" in reason
+    driven.check()
+
+
+def test_a_few_deaths_keep_nothing_aside(tmp_path: Path) -> None:
+    """A process killed in the middle of one and the same item is no proof against that item."""
+    made = RunBuilder(tmp_path, "r1")
+    made.rank(0).log({"loss": 13.5}, step=13).end()
+    driven = Driven(made.close(), Deadly())
+    for _ in range(DEADLY - 1):
+        with pytest.raises(SystemExit):
+            driven.run()
+        driven.close()
+        driven.open()
+    assert read_view(driven.path).state == "retrying"
+    driven.sink = MemorySink()
+    driven.close()
+    driven.open()
+    driven.run()
+    assert points(driven.sink.received) == Counter([("loss", 13, 13.5)])
+    assert read_view(driven.path).quarantined == 0

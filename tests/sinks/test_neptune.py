@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import logging
 import os
 import shutil
 import subprocess
 import sys
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,14 @@ from gateway.sinks.base import (
     Text,
     Unavailable,
 )
-from gateway.sinks.neptune import Ear, NeptuneConfig, NeptuneSink, custom_run_id
+from gateway.sinks.loop import split
+from gateway.sinks.neptune import NeptuneConfig, NeptuneSink
 from gateway.sinks.neptune_export import NeptuneExport
-from gateway.sinks.neptune_plan import cut, seconds
+from gateway.sinks.neptune_plan import VALUE_CHARACTERS, cut, seconds
+from gateway.sinks.neptune_run import custom_run_id
+from tests.servers.base import Reply
 from tests.servers.neptune import CHUNK_BYTES, NeptuneServer, token
+from tests.sinks import minfx
 from tests.sinks.fakes import MemoryDict
 
 STREAM = b"s" * 16
@@ -71,7 +75,7 @@ def make(server: NeptuneServer, tmp_path: Path) -> Iterator[Make]:
     yield open_one
     server.heal()
     for sink in made:
-        sink._drop(1.0)
+        sink._drop()
 
 
 def rows(
@@ -288,7 +292,6 @@ def test_nothing_is_captured_and_no_hook_is_left(server: NeptuneServer, make: Ma
     assert folders <= {"sys", "rankgate", "loss", "source_code"}
     assert "source_code/files" not in server.run("run-1").attributes
     assert (sys.excepthook, threading.excepthook) == hooks
-    assert not any(isinstance(h, Ear) for h in logging.getLogger("neptune").handlers)
 
 
 # ---------------------------------------------------------------------- once and only once
@@ -344,13 +347,15 @@ def test_a_repeated_batch_adds_nothing_and_loses_nothing(
 
 
 def test_a_lost_answer_neither_loses_nor_doubles(server: NeptuneServer, make: Make) -> None:
-    """The package sends the request again, the server refuses it, and all counts as delivered."""
-    sink = make(confirm_seconds=30.0)
+    """The batch comes again, what the server has of it is read back, and all is delivered."""
+    sink = make()
     sink.send([ramp(10), line("a")], False)
     server.fail(OPERATIONS, mode="apply_then_cut")
-    sent = sink.send([ramp(10, 10), line("b")], False)
+    with pytest.raises(Unavailable):
+        sink.send([ramp(10, 10), line("b")], False)
+    sent = sink.send([ramp(10, 10), line("b")], True)
     assert (sent.delivered, sent.skipped) == (21, {})
-    assert server.refused != []
+    assert server.refused == []
     holds_ramp(server, 20)
     assert [v for _, v, _ in server.string_series("run-1")["logs"]] == ["a", "b"]
 
@@ -365,61 +370,210 @@ def test_steps_that_another_writer_took_are_skipped(server: NeptuneServer, make:
     assert [s for s, _, _ in server.series("run-1")["loss"]] == [1, 3, 4]
 
 
-# ---------------------------------------------------------------------- failures
+# ---------------------------------------------------------------------- attempts
 
 
-def test_a_short_outage_only_delays(server: NeptuneServer, make: Make) -> None:
-    """Errors of the server that pass within the limit are not even seen."""
-    sink = make(confirm_seconds=30.0)
-    server.fail(OPERATIONS, status=503, times=2)
-    assert sink.send([ramp(50)], False).delivered == 100
-    holds_ramp(server, 50)
+OTHER = b"t" * 16  #: the stream of a rank's second life
 
 
-def test_an_outage_is_unavailable_and_then_delivered_once(
+def later(steps: Sequence[int], stream: bytes = OTHER, **columns: Any) -> Rows:
+    return replace(rows(steps, **columns), stream=stream)
+
+
+def values_of(server: NeptuneServer, path: str) -> list[tuple[float, float]]:
+    return [(s, v) for s, v, _ in server.series("run-1")[path]]
+
+
+def test_a_second_life_goes_on_where_it_is_new_and_stands_beside_where_it_is_not(
     server: NeptuneServer, make: Make
 ) -> None:
-    """Beyond the limit `send` gives up waiting; the same batch again finds what had been queued."""
-    sink = make(confirm_seconds=0.5)
-    server.fail(OPERATIONS, status=503, times=1000)
-    for again in (False, True):
-        began = time.monotonic()
-        with pytest.raises(Unavailable, match="has not confirmed"):
-            sink.send([ramp(50)], again)
-        assert time.monotonic() - began < 5
-    server.heal()
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            sent = sink.send([ramp(50)], True)
-            break
-        except Unavailable:
-            assert time.monotonic() < deadline
-    assert (sent.delivered, sent.skipped) == (100, {})
-    holds_ramp(server, 50)
+    """A training that went back to a checkpoint: what it logs again is in `attempts/2`, what is
+    beyond goes on in the series. All of it again, with the memory from before each batch and
+    without any, changes nothing."""
+    batches = [
+        rows(range(10), loss=[float(s) for s in range(10)]),
+        later(range(7, 14), loss=[s + 0.5 for s in range(7, 14)]),
+        later([13, 14], b"u" * 16, loss=[1.0, 2.0]),
+    ]
+    memory, sink = MemoryDict(), None
+    for _ in range(2):
+        for batch in batches:
+            before = dict(memory.data)
+            sink = sink or make(memory)
+            assert sink.send([batch], False).delivered == len(batch.seq)
+            memory.data = before
+            assert make(memory).send([batch], True).delivered == len(batch.seq)
+        assert values_of(server, "loss") == [
+            *((s, float(s)) for s in range(10)),
+            *((s, s + 0.5) for s in range(10, 14)),
+            (14, 2.0),
+        ]
+        assert values_of(server, "attempts/2/loss") == [(s, s + 0.5) for s in (7, 8, 9)]
+        assert values_of(server, "attempts/3/loss") == [(13, 1.0)]
+        memory, sink = MemoryDict(), None
     assert server.refused == []
 
 
-def test_a_stuck_connection_is_given_up(
+def test_a_second_life_repeats_images_beside(
+    server: NeptuneServer, make: Make, tmp_path: Path
+) -> None:
+    """An image of a step that the first life has logged stands in `attempts/2` too."""
+    shots = [media(picture(tmp_path, n), "image", "val", "a.png", n) for n in range(3)]
+    again = [replace(s, stream=OTHER) for s in shots[1:]]
+    sink = make()
+    sink.send([rows([1], loss=[1.0]), *shots], False)
+    assert sink.send([later([2], loss=[1.0]), *again], False).delivered == 3
+    assert [s for s, _, _ in server.image_series("run-1")["attempts/2/val"]] == [1, 2]
+
+
+def test_a_failed_plan_leaves_the_lives_as_they_were(server: NeptuneServer, make: Make) -> None:
+    """A life is counted once, however often its first batch comes."""
+    sink, memory = make(), MemoryDict()
+    sink = make(memory)
+    sink.send([rows([1], loss=[1.0])], False)
+    server.fail(OPERATIONS, status=401)
+    with pytest.raises(Unavailable):
+        sink.send([later([1], loss=[2.0])], False)
+    sink.send([later([1], loss=[2.0])], True)
+    assert memory.get("lives:0") == [STREAM, OTHER]
+    assert values_of(server, "attempts/2/loss") == [(1, 2.0)]
+
+
+# ---------------------------------------------------------------------- names
+
+
+def test_where_not_finite_values_begin_is_said(server: NeptuneServer, make: Make) -> None:
+    """Neptune cannot hold them: the first one is told beside the series, once."""
+    sink = make()
+    sink.send([rows([1, 2, 3], loss=[0.1, np.nan, np.inf])], False)
+    sink.send([rows([4], loss=[np.inf])], False)
+    assert server.atoms("run-1")["rankgate/not_finite/loss"] == "nan first at step 2"
+
+
+def test_console_machine_and_source_have_neptunes_places(
+    server: NeptuneServer, make: Make, tmp_path: Path
+) -> None:
+    """What Neptune's own client captures stands where it puts it, of each rank apart."""
+    diff = tmp_path / "0d"
+    diff.write_bytes(b"--- a")
+    batch: list[Item] = [
+        line("epoch 1", level="console"),
+        line("oh", 2, level="console-err"),
+        line("hi", 3, rank=2, level="console"),
+        rows([0], system__gpu__0__percent=[50.0]),
+        rows([0], 8, system__cpu_percent=[7.0]),
+        params({"source/branch": "main", "source/dirty": True, "source/mine": 1}),
+        media(diff, "file", "source.diff", "source.diff"),
+    ]
+    assert make().send(batch, False).skipped == {}
+    lines = {p: [v for _, v, _ in s] for p, s in server.string_series("run-1").items()}
+    assert lines == {
+        "monitoring/stdout": ["epoch 1"],
+        "monitoring/stderr": ["oh"],
+        "ranks/2/monitoring/stdout": ["hi"],
+    }
+    assert set(server.series("run-1")) == {
+        "monitoring/gpu/0/percent",
+        "ranks/8/monitoring/cpu_percent",
+    }
+    atoms = server.atoms("run-1")
+    assert (atoms["source/branch"], atoms["source/dirty"]) == ("main", True)
+    assert atoms["parameters/source/mine"] == 1
+    assert server.files("run-1") == {"source/diff": b"--- a"}
+
+
+def test_an_ultralytics_run_has_its_own_names(
+    server: NeptuneServer, make: Make, tmp_path: Path
+) -> None:
+    """Steps from 1, `Configuration/…`, an image is a file of the newest, weights by run's name."""
+    shots = [picture(tmp_path, n) for n in (1, 2)]
+    batch: list[Item] = [
+        rows([0, 1], train__box_loss=[0.5, 0.4], fitness=[0.1, 0.2]),
+        params({"lr0": 0.01, "cfg": None}),
+        Summary(STREAM, 0, 9, START_MS, {"model/parameters": 7}),
+        *(media(p, "image", "Mosaic/train_batch0", "a.jpg", n) for n, p in enumerate(shots)),
+        media(shots[0], "checkpoint", "best.pt", "best.pt"),
+    ]
+    sent = make(run=replace(RUN, source="ultralytics")).send(batch, False)
+    assert (sent.delivered, sent.skipped) == (2 + 2 + 2 + 1, {"not in the original": 2})
+    assert values_of(server, "train/box_loss") == [(1, 0.5), (2, 0.4)]
+    atoms = server.atoms("run-1")
+    assert atoms["Configuration/Hyperparameters/lr0"] == 0.01
+    assert atoms["Configuration/Hyperparameters/cfg"] == ""
+    assert atoms["Configuration/Model/model/parameters"] == 7
+    assert server.files("run-1") == {
+        "Mosaic/train_batch0": shots[1].read_bytes(),
+        "weights/first try/best.pt": shots[0].read_bytes(),
+    }
+
+
+def test_a_text_too_long_for_a_field_is_whole_in_a_file(server: NeptuneServer, make: Make) -> None:
+    """The field says that it is cut, and where the rest is."""
+    text = "é" * (VALUE_CHARACTERS + 1)
+    make().send([params({"note": text, "just": text[:-1]})], False)
+    atoms = server.atoms("run-1")
+    assert len(atoms["parameters/note"]) == VALUE_CHARACTERS
+    assert atoms["parameters/note"].endswith("(cut; the whole text is under files/)")
+    assert atoms["parameters/just"] == text[:-1]
+    assert server.files("run-1") == {"files/parameters/note": text.encode()}
+
+
+# ---------------------------------------------------------------------- failures
+
+
+@pytest.mark.parametrize("mode", ["status", "cut"])
+def test_an_outage_is_unavailable_and_then_delivered_once(
+    server: NeptuneServer, make: Make, mode: str
+) -> None:
+    """After one try `send` gives up; the same batch again finds what was applied."""
+    sink = make()
+    sink.send([ramp(10), line("a")], False)
+    server.fail(OPERATIONS, mode=mode, times=1000)
+    for again in (False, True):
+        with pytest.raises(Unavailable, match="NeptuneConnectionLost"):
+            sink.send([ramp(50, 10), line("b")], again)
+    server.heal()
+    sent = sink.send([ramp(50, 10), line("b")], True)
+    assert (sent.delivered, sent.skipped) == (101, {})
+    holds_ramp(server, 60)
+    assert [v for _, v, _ in server.string_series("run-1")["logs"]] == ["a", "b"]
+    assert len(server.runs) == 1
+
+
+def test_a_server_that_hangs_is_unavailable(
     server: NeptuneServer, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A new connection beside one that may still deliver: each point is there once all the same."""
-    monkeypatch.setattr("gateway.sinks.neptune.STUCK_SECONDS", 0.2)
-    sink = make(confirm_seconds=0.1)
-    server.fail(OPERATIONS, status=503, for_seconds=2.0)
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            sent = sink.send([ramp(50), line("a")], True)
-            break
-        except Unavailable:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-    time.sleep(2.0)  # what the connections given up still had, they have delivered by now
-    assert (sent.delivered, sent.skipped) == (101, {})
+    """No answer within the package's limit for one request; what it applied late is there once."""
+    sink = make()
+    client = importlib.import_module("neptune.internal.backends.hosted_client")
+    monkeypatch.setitem(client.DEFAULT_REQUEST_KWARGS["_request_options"], "timeout", 0.3)
+    server.fail(OPERATIONS, mode="delay", seconds=1.0)
+    with pytest.raises(Unavailable):
+        sink.send([ramp(50)], False)
+    server.wait_until(lambda: not server.answering)
+    assert sink.send([ramp(50)], True).delivered == 100
     holds_ramp(server, 50)
-    assert [v for _, v, _ in server.string_series("run-1")["logs"]] == ["a"]
-    assert len(server.runs) == 1
+
+
+def test_a_part_of_a_file_is_tried_again(server: NeptuneServer, make: Make, tmp_path: Path) -> None:
+    """One bad answer of many costs a part, not the whole upload."""
+    large = tmp_path / "0f"
+    large.write_bytes(os.urandom(2 * CHUNK_BYTES + 17))
+    sink = make()
+    server.fail(r"upload/part$", status=503, times=2)
+    assert sink.send([media(large, "checkpoint", "best.pt", "best.pt")], False).delivered == 1
+    assert server.files("run-1") == {"checkpoints/best.pt": large.read_bytes()}
+    assert sum(path.endswith("upload/start") for _, path, _ in server.requests) == 1
+
+
+def test_the_wait_a_server_asks_for_is_kept(server: NeptuneServer, make: Make) -> None:
+    """The whole of Retry-After, of which the package itself reads the first digit."""
+    sink = make()
+    server.fail(OPERATIONS, status=429, Retry_After="120")
+    with pytest.raises(Unavailable) as caught:
+        sink.send([ramp(5)], False)
+    assert caught.value.after_seconds == 120
+    assert sink.send([ramp(5)], True).delivered == 10
 
 
 KILLED = """
@@ -455,19 +609,60 @@ def test_a_killed_process_leaves_nothing_out(server: NeptuneServer, tmp_path: Pa
     assert lines == [f"line {n}" for n in range(whole)]
 
 
-@pytest.mark.parametrize("status", [400, 401, 409, 422])
-def test_a_dead_sync_thread_is_replaced(server: NeptuneServer, make: Make, status: int) -> None:
-    """Any 4xx ends the package's thread for good: a new connection reads back and goes on."""
+@pytest.mark.parametrize("status", [400, 404, 409, 413])
+def test_a_refusal_that_passes_is_not_believed(
+    server: NeptuneServer, make: Make, status: int
+) -> None:
+    """One 4xx may come from a proxy in between: read back, and sent anew in the same call."""
+    sink = make()
+    sink.send([ramp(10)], False)
+    server.fail(OPERATIONS, status=status)
+    again = status == 404  # of the run itself: with a new connection, in the next call
+    if again:
+        with pytest.raises(Unavailable):
+            sink.send([ramp(10, 10)], False)
+    sent = sink.send([ramp(10, 10)], again)
+    assert (sent.delivered, sent.skipped) == (20, {})
+    holds_ramp(server, 20)
+    assert len(server.runs) == 1
+    assert server.refused == []
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_lost_permission_takes_a_new_connection(
+    server: NeptuneServer, make: Make, status: int
+) -> None:
+    """That says nothing about the batch: all of it comes again, and is there once."""
     sink = make()
     sink.send([ramp(10)], False)
     server.fail(OPERATIONS, status=status)
     with pytest.raises(Unavailable):
         sink.send([ramp(10, 10)], False)
-    sent = sink.send([ramp(10, 10)], True)
-    assert (sent.delivered, sent.skipped) == (20, {})
+    assert sink.send([ramp(10, 10)], True).delivered == 20
     holds_ramp(server, 20)
     assert len(server.runs) == 1
-    assert server.refused == []
+
+
+def test_a_token_that_expires_is_renewed(server: NeptuneServer, make: Make) -> None:
+    """Within the call, or with a new connection; nothing is lost or doubled."""
+    sink = make()
+    sink.send([ramp(10)], False)
+    server.revoke()
+    with pytest.raises(Unavailable):
+        sink.send([ramp(10, 10)], False)
+    assert sink.send([ramp(10, 10)], True).delivered == 20
+    holds_ramp(server, 20)
+
+
+def test_a_page_instead_of_an_answer_is_unavailable(server: NeptuneServer, make: Make) -> None:
+    """HTML with status 200 comes from something in between, and confirms nothing."""
+    sink = make()
+    page = Reply(body=b"<html>log in first</html>", content_type="text/html")
+    server.fail(OPERATIONS, body=page, status=200)
+    with pytest.raises(Unavailable):
+        sink.send([ramp(10)], False)
+    assert sink.send([ramp(10)], True).delivered == 20
+    holds_ramp(server, 10)
 
 
 def test_a_batch_that_is_refused_twice_is_refused(server: NeptuneServer, make: Make) -> None:
@@ -475,10 +670,8 @@ def test_a_batch_that_is_refused_twice_is_refused(server: NeptuneServer, make: M
     sink = make()
     sink.send([ramp(10)], False)
     server.fail(OPERATIONS, status=400, times=2)
-    with pytest.raises(Unavailable):
-        sink.send([ramp(10, 10)], False)
     with pytest.raises(Refused, match="400"):
-        sink.send([ramp(10, 10)], True)
+        sink.send([ramp(10, 10)], False)
     assert sink.send([ramp(5, 10)], True).delivered == 10
     assert sink.send([ramp(5, 15)], False).delivered == 10
     holds_ramp(server, 20)
@@ -528,6 +721,114 @@ def test_leftovers_of_the_package_are_never_sent(
     assert not left.exists()
     sink.close("completed", "")
     assert list(folder.iterdir()) == []
+
+
+def test_stopping_the_run_in_the_app_ends_no_process(server: NeptuneServer, make: Make) -> None:
+    """The package would end this process and its children: instead the training is asked to
+    stop, and what it logs until then arrives."""
+    sink = make()
+    sink.send([ramp(10)], False)
+    assert sink._run is not None
+    jobs = sink._run._run._bg_job._jobs
+    (thread,) = [job._thread for job in jobs if type(job).__name__.startswith("Websocket")]
+    thread._handler_message(json.dumps({"type": "neptune/abort", "body": {"seconds": 5}}))
+    assert sink.send([], False).delivered == 0
+    assert sink.stop_asked == "stopped in Neptune"
+    assert sink.send([ramp(10, 10)], False).delivered == 20
+    sink.close("completed", "")
+    holds_ramp(server, 20)
+    assert server.atoms("run-1")["sys/failed"] is False
+    assert len(server.runs) == 1
+
+
+def test_one_bad_item_is_found_among_good_ones(server: NeptuneServer, make: Make) -> None:
+    """Halved as the loop does it, a batch loses only what the server never takes."""
+    sink = make()
+    sink.send([ramp(1)], False)
+    server.max_fields = len(server.run("run-1").attributes)
+    bad: list[list[Item]] = []
+
+    def deliver(batch: list[Item]) -> int:
+        try:
+            return sink.send(batch, True).delivered
+        except Refused:
+            halves = list(split(batch))
+            if not halves:
+                bad.append(batch)
+            return sum(deliver(half) for half in halves)
+
+    batch: list[Item] = [ramp(5, 1), rows([1], new=[1.0]), ramp(5, 6)]
+    assert deliver(batch) == 20
+    assert [list(rows.columns) for (rows,) in bad if isinstance(rows, Rows)] == [["new"]]
+    holds_ramp(server, 11)
+
+
+# ---------------------------------------------------------------------- minfx
+
+
+@pytest.fixture
+def minfx_package(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The real package, of which a copy is installed on first use where there is an index."""
+    try:
+        monkeypatch.syspath_prepend(str(minfx.folder()))
+    except subprocess.CalledProcessError:
+        pytest.skip("minfx cannot be installed here")
+    return "minfx"
+
+
+def test_minfx_carries_the_same(
+    server: NeptuneServer, make: Make, tmp_path: Path, minfx_package: str
+) -> None:
+    """Points, lines, values, images, files, what is skipped and the end: as by `neptune`."""
+    weights = tmp_path / "0e"
+    weights.write_bytes(os.urandom(CHUNK_BYTES + 17))
+    shots = [media(picture(tmp_path, n), "image", "val", "a.png", n) for n in range(2)]
+    batch: list[Item] = [ramp(300), line("one"), params({"lr": 0.1, "none": None}), *shots]
+    batch += [media(weights, "checkpoint", "best.pt", "best.pt"), rows([0], odd=[np.nan])]
+    sink = make(package=minfx_package)
+    sent = sink.send(batch, False)
+    assert (sent.delivered, sent.skipped) == (600 + 2 + 3, {"not finite": 1})
+    assert sink.send([ramp(10)], False).skipped == {"step not rising": 20}
+    sink.close("failed", "out of memory")
+    holds_ramp(server, 300)
+    assert [v for _, v, _ in server.string_series("run-1")["logs"]] == ["one"]
+    assert [s for s, _, _ in server.image_series("run-1")["val"]] == [0, 1]
+    assert server.files("run-1") == {"checkpoints/best.pt": weights.read_bytes()}
+    atoms = server.atoms("run-1")
+    assert (atoms["parameters/lr"], atoms["parameters/none"]) == (0.1, "None")
+    assert (atoms["sys/failed"], atoms["rankgate/state"]) == (True, "failed")
+    assert server.tags("run-1") == {"blue", "small"}
+    # It writes that field itself, which a server of Neptune keeps.
+    assert [path for path, _ in server.refused] == ["sys/state"]
+
+
+def test_minfx_reads_back_and_hears_refusals(
+    server: NeptuneServer, make: Make, minfx_package: str
+) -> None:
+    """A lost answer, a dead process and a refused point end as they do with `neptune`."""
+    sink = make(package=minfx_package)
+    sink.send([ramp(10), line("a")], False)
+    server.fail(OPERATIONS, mode="apply_then_cut")
+    with pytest.raises(Unavailable):
+        sink.send([ramp(10, 10), line("b")], False)
+    assert sink.send([ramp(10, 10), line("b")], True).delivered == 21
+    server.run("run-1").attributes["loss"].points.append((21, 9.0, START_MS * 2))
+    again = make(MemoryDict(), package=minfx_package)
+    sent = again.send([ramp(21), line("a"), line("b")], True)
+    assert (sent.delivered, sent.skipped) == (43, {"step not rising": 1})
+    with pytest.raises(Refused, match="read-only"):
+        again.send([rows([1], sys__owner=[1.0])], False)
+    assert [v for _, v, _ in server.string_series("run-1")["logs"]] == ["a", "b"]
+
+
+def test_several_servers_at_once_are_off(
+    server: NeptuneServer, make: Make, minfx_package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With several tokens `minfx` answers as soon as one server has it: that confirms nothing."""
+    one = token(server.url)
+    monkeypatch.setenv("NEPTUNE_API_TOKEN", f"{one},{one}")
+    with pytest.raises(Off, match="several tokens"):
+        make(package=minfx_package)
 
 
 # ---------------------------------------------------------------------- cannot work here

@@ -24,6 +24,7 @@ from rank_client.wire.disk import OsDisk
 from rank_client.wire.frames import DATA_HEAD, DATA_HEAD_BYTES
 from rank_client.wire.records import UNNUMBERED, Kind, walk
 
+PRINTED = ("stdout", "stderr")  #: levels of what a rank printed: these pass from each
 PASSING_RANKS = (-1, 0)  #: whose items the built-in rules let through
 SHOWN = 3  #: examples in a sentence
 
@@ -122,8 +123,9 @@ class Books:
                 have[streams[index], kind, step] += 1
                 if abs(value - step * factor) > 1e-9 * max(1, step):
                     self.fault("lost", "values changed", [(streams[index], key, step, value)])
-        for stream, _, _, _, _, text in reader.texts():
-            have[streams[stream], "text", int(text.split(" ")[1])] += 1
+        for stream, _, _, _, level, text in reader.texts():
+            if level not in PRINTED:
+                have[streams[stream], "text", int(text.split(" ")[1])] += 1
         for kind in ("params", "summary"):
             for stream, _, _, values in reader.maps(kind):
                 if "seed" not in values:
@@ -145,13 +147,15 @@ class Books:
         want: set[tuple[Any, ...]] = set()
         for keyset in reader.keysets():
             stream, seq, _ = reader.heads(keyset)
-            mine = np.isin(stream, list(passing))
+            system = all(name.startswith("system/") for name, _ in reader.keyset(keyset))
+            mine = np.isin(stream, list(passing)) | system
             pairs = zip(stream[mine].tolist(), seq[mine].tolist(), strict=True)
             want |= {("rows", keyset, *pair) for pair in pairs}
-        others = [("text", t[0], t[1]) for t in reader.texts()]
+        others = [("text", t[0], t[1]) for t in reader.texts() if t[4] not in PRINTED]
         others += [(k, m[0], m[1]) for k in ("params", "summary") for m in reader.maps(k)]
         others += [("media", m.stream, m.seq) for m in reader.media() if m.sha256]
         want |= {(kind, 0, s, q) for kind, s, q in others if s in passing}
+        want |= {("console", 0, t[0], t[1]) for t in reader.texts() if t[4] in PRINTED}
         have = Counter(
             (e.kind, e.keyset, e.stream, seq)
             for e in reader.feed(0, 1 << 40)

@@ -32,6 +32,7 @@ from gateway.journal.reader import Entry, JournalReader
 from gateway.journal.writer import Journal, JournalDamaged, Mark
 from gateway.series.reader import Reader
 from gateway.series.writer import Series
+from gateway.sinks.quarantine import Kept
 from gateway.sinks.store import Store
 from rank_client.spool import Spool
 from rank_client.sweep import OrphanSource
@@ -535,7 +536,8 @@ class StorePoints(TablePoints):
             store.put("own", {"n": n, "pad": self.random.randbytes(self.random.randrange(3000))})
             store.receipt(
                 delivered=1, skipped={"x": 1}, maybe_duplicate=0, spans={key: n},
-                media=[(key[0], n)], quarantine=[(1, "what", "why")], intended={},
+                media=[(key[0], n)], intended={},
+                quarantine=[Kept("rows", key[0], n, "k", 1, "what", "why")],
                 about={"state": "delivering", "feed": n},
             )  # fmt: skip
             self.given = n

@@ -351,7 +351,7 @@ def broken_books(at: Scene, pairs: Sequence[Pair]) -> list[str]:
         with at.job.reader(run) as reader:
             streams = {s.index: s.id.hex() for s in reader.streams()}
             rows = Counter(streams[i] for i in reader.points("train/value0").stream.tolist())
-            texts = Counter(streams[row[0]] for row in reader.texts())
+            texts = Counter(streams[row[0]] for row in reader.texts() if row[4] == "info")
         for pair in (p for p in pairs if p.with_log.condition == condition):
             for told in pair.with_log.told:
                 have = rows[told["stream"]] + texts[told["stream"]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -17,6 +17,9 @@ class HubConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     mode: Literal["online", "offline"] = "online"  #: offline writes a request bundle
     protocol: Literal["platform", "legacy"] = "platform"
     project: str | None = None  #: platform only: "owner/project-slug"
+    #: platform only, of all runs below one data directory; 100 are allowed, and a key may have
+    #: other users
+    requests_per_minute: Annotated[int, msgspec.Meta(ge=1)] = 95
     #: between two checkpoints that are neither best nor final, on the ranks' clock; the newest one
     #: held back goes out at the end
     checkpoint_interval_seconds: float = 900.0

@@ -8,7 +8,7 @@ rank may already be in the next one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.sinks.base import Rows
+from gateway.sinks.naming import NOT_IN_ORIGINAL, hub_key
 
 EPOCH = "epoch"
 HIGHEST_EPOCH = 2**31  #: above it the key `epoch` means something else
@@ -24,6 +25,7 @@ NOT_WHOLE = "epoch is not a whole number"
 NO_EPOCH = "no epoch"
 
 Number = float | int
+NameOf = Callable[[str, int], str | None]  #: (key, rank) → the name over there, None: no place
 
 
 @dataclass(slots=True)
@@ -58,7 +60,8 @@ class Taken:
 class OpenEpochs:
     """The values no epoch has taken yet: per stream and key the last one, with its sequence."""
 
-    def __init__(self, saved: Any = None) -> None:
+    def __init__(self, saved: Any = None, name_of: NameOf = hub_key) -> None:
+        self._name_of = name_of
         self._streams: dict[str, dict[str, tuple[int, Number]]] = {
             stream: {key: (seq, value) for key, (seq, value) in values.items()}
             for stream, values in (saved or {}).items()
@@ -83,26 +86,21 @@ class OpenEpochs:
             streams.setdefault(part.stream, []).append(part)
         for stream, parts in streams.items():
             waiting = self._streams.pop(stream.hex(), {})
-            _take_stream(waiting, parts, taken)
+            _take_stream(waiting, parts, self._name_of, taken)
             if waiting:
                 self._streams[stream.hex()] = waiting
         return taken
 
 
-def rank_key(rank: int, key: str) -> str:
-    """Rank -1 and 0 keep their keys; of rank 3 it is `rank3/KEY`."""
-    return key if rank <= 0 else f"rank{rank}/{key}"
-
-
 def _take_stream(
-    waiting: dict[str, tuple[int, Number]], parts: Sequence[Rows], taken: Taken
+    waiting: dict[str, tuple[int, Number]], parts: Sequence[Rows], name_of: NameOf, taken: Taken
 ) -> None:
     closers = sorted(pair for part in parts for pair in _closers(part, taken))
     bounds = np.array([seq for seq, _ in closers], dtype=np.int64)
     # Span i is what lies up to closer i; the last one is what stays open.
     spans: list[dict[str, tuple[int, Number]]] = [{} for _ in range(len(closers) + 1)]
     for part in parts:
-        _last_of_spans(part, bounds, spans, taken)
+        _last_of_spans(part, bounds, spans, name_of, taken)
     for number, span in enumerate(spans):
         for key, pair in span.items():
             _keep_newer(waiting, key, pair, taken)
@@ -132,13 +130,18 @@ def _last_of_spans(
     part: Rows,
     bounds: npt.NDArray[np.int64],
     spans: list[dict[str, tuple[int, Number]]],
+    name_of: NameOf,
     taken: Taken,
 ) -> None:
-    keys = {
-        rank_key(part.rank, key): column
-        for key, column in part.columns.items()
-        if key != EPOCH or column.dtype == np.bool_
-    }
+    keys = {}
+    for key, column in part.columns.items():
+        if key == EPOCH and column.dtype != np.bool_:
+            continue
+        name = name_of(key, part.rank)
+        if name is None:
+            taken.skip(NOT_IN_ORIGINAL, len(part.seq))
+        else:
+            keys[name] = column
     if not len(part.seq) or not keys:
         return
     order = np.argsort(part.seq, kind="stable")

@@ -27,12 +27,20 @@ UPLOAD_TIMEOUT_SECONDS = 600.0  #: the vendor's own client waits as long for a s
 LONGEST_WAIT_SECONDS = 3600.0  #: HUB counts calls by the hour; a longer wish is a wrong clock
 MESSAGE_CHARACTERS = 300
 
-#: Not about this batch: a missing model, a conflict, a plan to be renewed. The items wait.
-_PASSING_STATUS = frozenset({402, 404, 408, 409, 425, 429})
+#: Not about this batch: a conflict, a plan to be renewed. The items wait.
+_PASSING_STATUS = frozenset({402, 404, 408, 409, 425})
 
 
 class NoAnswer(Unavailable):
     """No usable answer came, so the request may have been carried out all the same."""
+
+
+class Limited(Unavailable):
+    """429: too many requests, of all runs together."""
+
+
+class Gone(Unavailable):
+    """404 in the backend's own words: what we addressed, a model, is not there (any more)."""
 
 
 class Wire(Protocol):
@@ -154,6 +162,10 @@ class Http:
                 "restart the gateway, nothing is lost until then",
                 wait,
             )
+        if status == 429:
+            raise Limited(text, wait)
+        if status == 404 and is_told(response.content):
+            raise Gone(text, wait)
         if status in _PASSING_STATUS or 300 <= status < 400:
             raise Unavailable(text, wait)
         raise Refused(text)
@@ -210,16 +222,27 @@ def wait_seconds(headers: Mapping[str, str], now: float) -> float | None:
 
 def message(body: bytes) -> str:
     """What an error's body says: HUB's `message`, Platform's `error`, else its first line."""
+    told = _told(body)
+    if told is not None:
+        return told[:MESSAGE_CHARACTERS]
+    text = body.decode("utf-8", "replace").strip().partition("\n")[0]
+    return text[:MESSAGE_CHARACTERS] or "(no text)"
+
+
+def is_told(body: bytes) -> bool:
+    """Did the backend itself answer, and not a proxy or another server at that address?"""
+    return _told(body) is not None
+
+
+def _told(body: bytes) -> str | None:
     try:
         value = json.loads(body)
     except ValueError:
-        value = None
-    if isinstance(value, dict):
-        for name in ("message", "error"):
-            if isinstance(value.get(name), str):
-                return str(value[name])[:MESSAGE_CHARACTERS]
-    text = body.decode("utf-8", "replace").strip().partition("\n")[0]
-    return text[:MESSAGE_CHARACTERS] or "(no text)"
+        return None
+    for name in ("message", "error"):
+        if isinstance(value, dict) and isinstance(value.get(name), str):
+            return str(value[name])
+    return None
 
 
 def _moment(text: str) -> float | None:

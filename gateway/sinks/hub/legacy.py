@@ -10,12 +10,14 @@ import math
 import os
 import platform
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from gateway.sinks.base import Media, Off, Params, SinkError, Text, Unavailable
+from gateway.sinks.base import Media, Off, Params, Rows, SinkError, Text, Unavailable
 from gateway.sinks.hub.carry import HubSink, log
 from gateway.sinks.hub.epochs import Closed
 from gateway.sinks.hub.http import Http, KeyHeader, NoAnswer, Wire
+from gateway.sinks.hub.pace import Limits, Pace, Paced, shared_file
 from gateway.sinks.hub.turn import Turn, item_mark, request_mark
 
 KEY_NAMES = ("HUB_API_KEY", "ULTRALYTICS_API_KEY")
@@ -24,7 +26,10 @@ MODELS = "/v1/models"
 
 EPOCHS_PER_POST = 200
 
+METRICS_GAP_SECONDS = 3.0  #: in which short epochs gather: 400 calls an hour were allowed
+
 NO_CONSOLE = "hub legacy has no console"
+NO_MACHINE = "hub legacy has no machine metrics"
 NO_FIELD = "params without a field in hub legacy"
 NOT_FINITE = "not finite"
 
@@ -39,8 +44,8 @@ CONFIG_FIELDS: dict[str, tuple[str, Callable[[Any], int | str]]] = {
 }
 
 
-def connect() -> Wire:
-    """The server the environment names, or `Off`."""
+def connect(shared: Path | None = None) -> Wire:
+    """The server the environment names, or `Off`; `shared` as in `HubSink`."""
     name = next((name for name in KEY_NAMES if os.environ.get(name, "").strip()), None)
     if name is None:
         raise Off(
@@ -54,16 +59,23 @@ def connect() -> Wire:
             'self-hosted server, or use protocol = "platform" in [sinks.hub]'
         )
     key = os.environ[name].strip()
-    return Http(root, KeyHeader("x-api-key", key), key, name)
+    file = shared_file(shared, root + key) if shared else None
+    pace = Pace(Limits(gap_seconds={"metrics": METRICS_GAP_SECONDS}), file)
+    return Paced(Http(root, KeyHeader("x-api-key", key), key, name), pace, _kind)
+
+
+def _kind(path: str, body: Any) -> str:
+    return str(body.get("type", "")) if isinstance(body, dict) else ""
 
 
 class LegacySink(HubSink):
     """Carries one run to one model."""
 
     _next_beat = -math.inf
+    _name = ""  #: of the model: Ultralytics calls it by the file the training began with
 
     def _connect(self) -> Wire:
-        return connect()
+        return connect(self._shared)
 
     def _greet(self) -> None:
         if self._wire.call("POST", "/v1/auth").get("success") is not True:
@@ -74,6 +86,8 @@ class LegacySink(HubSink):
         body: dict[str, Any] = {}
         for item in params:
             whole = item.rank <= 0 and place_params(item.values, body)
+            if self._run.source and item.rank <= 0 and isinstance(item.values.get("model"), str):
+                self._name = str(item.values["model"]).rpartition("/")[2]
             turn.sent.delivered += whole
             turn.sent.skip(NO_FIELD, 0 if whole else 1)
         if not fresh:
@@ -81,7 +95,9 @@ class LegacySink(HubSink):
         if not turn.get("model"):
             self._model(turn, body)
         elif body:
-            self._wire.call("PATCH", f"{MODELS}/{self._model(turn)}", body)
+            path = f"{MODELS}/{self._model(turn)}"
+            with self._there(turn):
+                self._wire.call("PATCH", path, body)
         turn.confirm([item_mark(item) for item in fresh])
 
     def _model(self, turn: Turn, body: dict[str, Any] | None = None) -> str:
@@ -93,9 +109,8 @@ class LegacySink(HubSink):
 
     def _make(self, body: dict[str, Any]) -> dict[str, Any]:
         empty: dict[str, Any] = {"config": {}, "dataset": {}, "lineage": {}}
-        answer = self._wire.call(
-            "POST", MODELS, {**empty, **body, "meta": {"name": self._run.name}}
-        )
+        meta = {"name": self._name or self._run.name}
+        answer = self._wire.call("POST", MODELS, {**empty, **body, "meta": meta})
         data = answer.get("data")
         if not isinstance(data, dict) or not data.get("id"):
             raise NoAnswer("hub: the server made a model without naming it")
@@ -110,7 +125,8 @@ class LegacySink(HubSink):
             body = {"metrics": metrics, "type": "metrics"}
             mark = request_mark(body)
             if not turn.is_confirmed(mark):
-                self._wire.call("POST", path, body)
+                with self._there(turn):
+                    self._wire.call("POST", path, body)
                 turn.confirm([mark])
             for one in part:
                 turn.sent.delivered += one.points - one.not_finite
@@ -118,6 +134,9 @@ class LegacySink(HubSink):
 
     def _take_texts(self, texts: Sequence[Text], turn: Turn) -> None:
         turn.sent.skip(NO_CONSOLE, len(texts))
+
+    def _take_machine(self, rows: Sequence[Rows], turn: Turn) -> None:
+        turn.sent.skip(NO_MACHINE, sum(part.items for part in rows))
 
     def _upload(self, media: Media, turn: Turn) -> None:
         meta = media.meta
@@ -130,10 +149,8 @@ class LegacySink(HubSink):
             fields |= {"type": "epoch", "isBest": str(bool(meta.get("best")))}
         name = "best.pt" if meta.get("final") else "last.pt"
         path = f"{MODELS}/{self._model(turn)}/upload"
-        doubtful = turn.doubtful
-        self._wire.post_file(path, fields, name, media.path)
-        turn.doubt(int(doubtful))
-        turn.confirm([item_mark(media)])
+        with turn.once([item_mark(media)], 1), self._there(turn):
+            self._wire.post_file(path, fields, name, media.path)
         turn.sent.delivered += 1
 
     def _finish(self, state: str, reason: str, turn: Turn) -> None:

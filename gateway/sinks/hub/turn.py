@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-from gateway.sinks.base import Item, Media, Memory, Params, Rows, Sent, Summary, Text
+from gateway.sinks.base import Item, Media, Memory, Params, Rows, Sent, SinkError, Summary, Text
+from gateway.sinks.hub.http import NoAnswer
 
 _MARKS = "marks"
 _DOUBTS = "doubts"
+_UNANSWERED = "unanswered"
 _ITEM, _REQUEST = b"i", b"r"
 
 
 class Turn:
-    def __init__(self, memory: Memory, again: bool) -> None:
+    def __init__(self, memory: Memory) -> None:
         self.sent = Sent()
-        #: the next request that is not marked may have been carried out before
-        self.doubtful = again
         self._memory = memory
         self._puts: dict[str, Any] = {}
         self._marks: set[bytes] = set(memory.get(_MARKS) or ())
@@ -45,8 +46,35 @@ class Turn:
 
     def confirm(self, marks: Sequence[bytes]) -> None:
         """The backend has taken what `marks` stand for."""
-        self.doubtful = False
         self._marks.update(marks)
+        self._memory.put_now(_MARKS, sorted(self._marks))
+
+    @contextmanager
+    def once(self, marks: Sequence[bytes], items: int) -> Iterator[None]:
+        """Around a request with so many items that leaves them there each time it is carried out.
+
+        What stands for it is on disk first. So after a lost answer, or our own death, its next
+        attempt is known for one that may be the second, and counted as that when it succeeds; one
+        that was put off (a limit, a key to be renewed) is not.
+        """
+        unanswered: dict[bytes, int] = self._memory.get(_UNANSWERED) or {}
+        doubted = unanswered.get(marks[0], 0)
+        self._memory.put_now(_UNANSWERED, {**unanswered, marks[0]: max(doubted, items)})
+        try:
+            yield
+        except NoAnswer:
+            raise
+        except SinkError:
+            self._memory.put_now(_UNANSWERED, unanswered)
+            raise
+        self.doubt(doubted)
+        self.confirm(marks)
+        unanswered.pop(marks[0], None)
+        self._memory.put_now(_UNANSWERED, unanswered)
+
+    def forget_requests(self) -> None:
+        """What they were about is gone: they have to be made again."""
+        self._marks = {mark for mark in self._marks if mark[:1] == _ITEM}
         self._memory.put_now(_MARKS, sorted(self._marks))
 
     def doubt(self, items: int) -> None:
@@ -61,7 +89,7 @@ class Turn:
         """
         keep: set[bytes] = set()
         if batch is not None:
-            done = {item_mark(item) for item in batch if not isinstance(item, Rows)}
+            done = {row_mark(i) if isinstance(i, Rows) else item_mark(i) for i in batch}
             keep = {mark for mark in self._marks if mark[:1] == _ITEM} - done
         self._puts[_MARKS] = sorted(keep)
         self.sent.maybe_duplicate = self._memory.get(_DOUBTS) or 0
@@ -72,6 +100,11 @@ class Turn:
 
 def item_mark(item: Text | Params | Summary | Media) -> bytes:
     return _ITEM + item.stream + item.seq.to_bytes(8, "big")
+
+
+def row_mark(rows: Rows) -> bytes:
+    """Of the last of them."""
+    return _ITEM + rows.stream + int(rows.seq[-1]).to_bytes(8, "big") if len(rows.seq) else b""
 
 
 def request_mark(body: Any) -> bytes:
