@@ -26,6 +26,7 @@ from rank_client.wire.segments import (
 from .salvage import BROKEN_BATCH, broken_batches, in_order
 
 CHUNK_BYTES = 4 << 20
+LOOK_AGAIN_POLLS = 100  #: a file of the same size may have been cut and written anew meanwhile
 
 
 class Entry(NamedTuple):
@@ -52,6 +53,7 @@ class JournalReader:
         self._at = 0
         self._fd = -1
         self._nothing = (-1, 0)  # (place, file size) where nothing was to be read
+        self._polls = 0  # since then
 
     def uuid(self) -> bytes | None:
         """The journal's name, None when there is no journal (yet)."""
@@ -122,8 +124,12 @@ class JournalReader:
     def _read_here(self, max_bytes: int, sealed: bool) -> list[Entry]:
         at, end = self._at, self._disk.size(self._fd)
         size = end - at
-        if size <= 0 or (self._nothing == (at, end) and not sealed):
+        if size <= 0:
             return []
+        if self._nothing == (at, end) and not sealed and self._polls < LOOK_AGAIN_POLLS:
+            self._polls += 1
+            return []
+        self._polls = 0
         buf = self._disk.pread(self._fd, min(size, max_bytes), self._at)
         entries, good, bad = self._parse(buf, len(buf) == size, sealed)
         self._at += good

@@ -10,6 +10,14 @@ from typing import Any
 
 UNORDERED = -1  #: kept and shown, but never wins over an ordered one
 
+MAX_UNORDERED = 256  #: of which the place may still be told; the oldest are given up
+
+#: what of a HELLO tells its place
+_TELLING = (
+    "agent", "boot", "earlier", "group", "kind", "launch", "launcher", "local_rank", "node",
+    "rank", "restart", "stream", "world_size",
+)  # fmt: skip
+
 
 @dataclass(slots=True)
 class Generation:
@@ -78,17 +86,37 @@ class Generations:
 
     def __init__(self) -> None:
         self.order: list[Generation] = []
+        #: stream → id, of streams that were unordered until the last `place` told where they belong
+        self.moved: dict[bytes, int] = {}
+        self._unordered: list[dict[str, Any]] = []  # HELLOs of which nothing is known yet
 
     def place(self, hello: dict[str, Any]) -> int:
         """The id of the generation a new stream belongs to."""
+        self.moved = {}
         found = self._find(hello)
         if found is None:
+            told = {name: hello[name] for name in _TELLING if name in hello}
+            self._unordered = [*self._unordered, told][-MAX_UNORDERED:]
             return UNORDERED
+        self._join(found, hello)
+        while late := self._first_known():
+            generation, before = late
+            self._unordered.remove(before)
+            self._join(generation, before)
+            self.moved[before.get("stream", b"")] = generation.id
+        return found.id
+
+    def _first_known(self) -> tuple[Generation, dict[str, Any]] | None:
+        for hello in self._unordered:
+            if generation := self._find(hello):
+                return generation, hello
+        return None
+
+    def _join(self, found: Generation, hello: dict[str, Any]) -> None:
         found.add(hello)
         self._put_older_before(found)
         older = self.order[: self.order.index(found)]
         found.sure |= any(not _earlier(hello).isdisjoint(g.streams) for g in older)
-        return found.id
 
     def _find(self, hello: dict[str, Any]) -> Generation | None:
         """It comes after every generation that it names a stream of, and before every one that
@@ -145,17 +173,19 @@ class Generations:
                 return position
         return UNORDERED
 
-    def dump(self) -> list[Any]:
-        return [
+    def dump(self) -> dict[str, Any]:
+        order = [
             [g.id, g.launch, g.world_size, g.agents, g.sure]
             + [sorted(s) for s in (g.ranks, g.places, g.streams, g.earlier)]
             for g in self.order
         ]
+        return {"order": order, "unordered": self._unordered}
 
     @classmethod
-    def load(cls, saved: list[Any]) -> Generations:
+    def load(cls, saved: dict[str, Any]) -> Generations:
         made = cls()
-        for id_, launch, size, agents, sure, *sets in saved:
+        made._unordered = saved["unordered"]
+        for id_, launch, size, agents, sure, *sets in saved["order"]:
             ranks, places, streams, earlier = map(set, sets)
             made.order.append(
                 Generation(id_, launch, size, agents, ranks, places, streams, earlier, sure)

@@ -162,6 +162,10 @@ class Projection:
         )
         self.streams[stream.id] = stream
         self._touch(stream)
+        for id_, generation in self.generations.moved.items():
+            late = self.streams[id_]
+            late.generation = generation
+            self._touch(late)
 
     def _tick(self, body: dict[str, Any]) -> None:
         self.duplicates = max(self.duplicates, body.get("dup", 0))

@@ -173,7 +173,7 @@ class Reader:
         generations: list[int] = []
         if "generations" in found:
             dump = msgpack.unpackb(found["generations"], strict_map_key=False)
-            generations = [g[0] for g in dump]
+            generations = [g[0] for g in dump["order"]]
         return About(
             found["build"],
             found["journal"],

@@ -24,7 +24,7 @@ from ..rules.rows import TAIL_HEAD_COLUMNS
 from .db import fetch, open_writer
 from .home import note_home, torn_copy
 
-FORMAT = 2
+FORMAT = 3
 SEAL_ROWS = 4096
 SEAL_BYTES = 4 << 20
 MERGE = 16

@@ -43,7 +43,7 @@ IDLE_SECONDS = 0.2  #: between two looks for something new
 KEEP_ALIVE_SECONDS = 10.0  #: of nothing to deliver, before the sink is called with nothing
 ENDED = ("completed", "failed", "lost")
 WHOLE = "."  #: a batch; its halves are ".0" and ".1", and so on
-DEADLY = 5  #: lives in a row that end in a delivery, before its item is kept aside
+DEADLY = 5  #: lives in a row that end in the delivery of one item, before it is kept aside
 RELEASE = "r."  #: the same of what a person released from the quarantine
 NOT_THERE = "the run's series do not have it (any more)"
 SURVIVED = {"trying": "", "deaths": 0}
@@ -288,9 +288,10 @@ class Loop:
         """Raises Refused for one item that no life has survived."""
         if self._ended_in:
             piece = _piece(place, items)
-            if piece == self._ended_in and self._deaths >= DEADLY:
-                raise Refused(f"{self._deaths} processes in a row ended when it was delivered")
-            self._store.note(trying=piece, deaths=self._deaths)
+            deaths = self._deaths if piece == self._ended_in else 0  # its own
+            if deaths >= DEADLY:
+                raise Refused(f"{deaths} processes in a row ended when it was delivered")
+            self._store.note(trying=piece, deaths=deaths)
         return self._sink.send(items, again)
 
     def _receipt(self, entries: list[FeedEntry], items: list[Item], sent: Sent) -> None:

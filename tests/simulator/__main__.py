@@ -18,7 +18,7 @@ from typing import NamedTuple
 from . import mutants
 from .world import World
 
-MUTANT_SEEDS = 400
+MUTANT_SEEDS = 200
 CHUNK_SEEDS = 25
 
 

@@ -63,7 +63,7 @@ FAULTS = {
     "kill sink": 2,
     "backend away": 2,
     "clock jumps": 1,
-    "rebuild series": 1,
+    "rebuild series": 3,
     "another shipper": 1,
     "doom somebody": 4,
 }

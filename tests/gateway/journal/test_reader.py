@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.journal.reader import Entry, JournalReader
+from gateway.journal.reader import LOOK_AGAIN_POLLS, Entry, JournalReader
 from gateway.journal.salvage import BROKEN_BATCH
 from rank_client.wire.records import Kind, walk
 from tests.gateway.journal.made import UUID, A, batch, make, read_all, seqs
@@ -41,6 +41,24 @@ def test_only_marked_entries_are_seen() -> None:
     journal.mark()
     assert seqs(reader.read()) == [2]
     assert reader.read() == []
+
+
+def test_a_file_written_anew_to_the_same_size_is_read() -> None:
+    """After a loss of power the file may be cut, and grow to the very size at which the reader
+    found nothing in it."""
+    disk = MemoryDisk()
+    journal = make(disk)
+    batch(journal, A)
+    journal.commit()
+    journal.mark()
+    [path] = [name for name in disk.files if name.endswith(".log")]
+    whole = bytes(disk.files[path])
+    reader = JournalReader(disk, "j")
+    head = next(h for h in walk(whole) if h.kind == Kind.BATCH)
+    disk.files[path][head.at :] = bytes(len(whole) - head.at)
+    assert reader.read() == reader.read() == []
+    disk.files[path][:] = whole
+    assert [seqs(found) for _ in range(2 * LOOK_AGAIN_POLLS) if (found := reader.read())] == [[1]]
 
 
 @settings(max_examples=60, deadline=None)
@@ -183,7 +201,7 @@ def test_a_hopeless_tail_is_not_read_again_and_again() -> None:
 
     disk.pread = counted  # type: ignore[method-assign]
     reader = JournalReader(disk, "j")
-    for _ in range(100):
+    for _ in range(LOOK_AGAIN_POLLS):
         reader.read()
     assert sum(size > 1000 for size in reads) <= 3
 

@@ -173,6 +173,23 @@ def test_the_first_life_of_a_run_may_be_an_adopted_one() -> None:
     assert generations.place(hello(1, kind="replay")) == 0
 
 
+def test_what_comes_later_may_tell_where_an_orphan_belongs() -> None:
+    """A dead rank's stream that nobody knew is unordered; as soon as a sibling's place is known it
+    stands there too, and bounds what comes after it."""
+    generations = Generations()
+    first, second, third = ({"launch": name, "kind": "replay"} for name in "abc")
+    first_1, second_0, second_1 = (bytes([n]) * 16 for n in (11, 20, 21))
+    generations.place(hello(0, b"c" * 16, **{**third, "kind": "live", "earlier": [second_0]}))
+    other = {"boot": "b1", "agent": "b1:1:1"}
+    lost = hello(1, second_1, **second, **other, earlier=[first_1])
+    assert generations.place(lost) == UNORDERED
+    found = generations.place(hello(0, second_0, **second))
+    assert generations.moved == {second_1: found}
+    older = generations.place(hello(1, first_1, **first, **other))
+    assert generations.moved == {}
+    assert generations.position(older) < generations.position(found) < generations.position(0)
+
+
 HELLOS = st.fixed_dictionaries(
     {
         "kind": st.sampled_from(["live", "replay"]),
