@@ -67,7 +67,7 @@ def test_sinks_killed_again_and_again(
     """SIGKILL of sink processes in mid-delivery: every point once in ClearML and in Neptune."""
     with Job(tmp_path, **environment(clearml, neptune)) as job:
         job.serve("--sink", "clearml", "--sink", "neptune")
-        rank = job.rank(0, 1, 1000, "finish", 0.02)
+        rank = job.rank(0, 1, 1000, "stop", 0.02)  # as long as there is something to kill
         wait_until(lambda: clearml.tasks and neptune.runs, 60, "both sinks have begun")
         for _ in range(3):
             killed = {job.child("clearml"), job.child("neptune")}
@@ -77,7 +77,10 @@ def test_sinks_killed_again_and_again(
                 lambda killed=killed: not killed & {job.child("clearml"), job.child("neptune")},
                 what="other sink processes",
             )
-        rank.communicate(timeout=60)
+        wish = job.data / "runs/r1/requests/stop"
+        wish.parent.mkdir(exist_ok=True)
+        wish.write_text("killed often enough")
+        rank.communicate(timeout=90)
         job.drain()
         states = {v.name: v.state for v in read_views(job.data / "runs/r1")}
         assert states == {"clearml": "drained", "neptune": "drained"}
