@@ -23,9 +23,9 @@ demo: $(STAMP)
 	  rankgate run -- torchrun --standalone --nproc-per-node 4 examples/digits.py
 	@echo "(the command is $(BIN)/rankgate, or: source $(BIN)/activate)"
 
-# Most tests wait for processes and time-outs, so that three at once take a third of the time.
+# Most tests wait for processes and time-outs: two at once take little more than half the time.
 test: $(STAMP)
-	@$(BIN)/python -m pytest -q -n 3
+	@$(BIN)/python -m pytest -q -n 2
 
 check: $(STAMP)
 	@$(BIN)/ruff format --check --quiet .

@@ -18,6 +18,7 @@ from gateway.attach import served
 from gateway.series.reader import Reader, StreamRow
 from gateway.sinks.store import read_views
 from rank_client import sweep
+from rank_client.capture.console import LATE
 from rank_client.rendezvous import LOCK_GATEWAY, locked
 
 RANKS = Path(__file__).with_name("ranks.py")
@@ -219,7 +220,8 @@ class Job:
         assert (have - want).total() <= extra_allowed, list((have - want).items())[:5]
         with self.reader(run) as reader:
             assert reader.quarantine() == []
-            assert reader.losses() == []
+            # Printed lines are not in the truth; LATE says that there may have been one more.
+            assert [loss for loss in reader.losses() if loss[4] != LATE] == []
         self.assert_accounted(run)
 
     def assert_accounted(self, run: str = "r1") -> None:
