@@ -332,7 +332,7 @@ class Projection:
         n: int,
         data: bytes | memoryview,
     ) -> None:
-        piece = Piece(self._next(), entry, stream, layout, first, n, data)
+        piece = Piece(self._next(), entry, stream, layout, first, n, data, self.gate)
         self._pieces.setdefault(layout.keyset, []).append(piece)
 
     def _schema(self, entry: int, stream: Stream, head: Head, records: memoryview) -> None:
@@ -430,15 +430,15 @@ class Projection:
             self._newest[stream.index] = piece.position
             stream.last_step, stream.last_wall_ns = _STEP_WALL.unpack_from(piece.data, at)
         stream.projected += n
-        rule = self._gated(kind, stream.rank, n * len(piece.layout.columns))
+        rule = self._gated(kind, stream.rank, n * len(piece.layout.columns), piece.gate)
         if rule:
             last = piece.first + n - 1
             ref = (piece.entry, "rows", keyset, stream.index, piece.first, last, rule)
             self._feed.append((piece.position, ref))
 
-    def _gated(self, kind: str, rank: int, items: int) -> str:
+    def _gated(self, kind: str, rank: int, items: int, gate: Gate) -> str:
         """Count items as passed or held; the rule's name if they pass."""
-        rule, passes = self.gate.decide(kind, rank)
+        rule, passes = gate.decide(kind, rank)
         self._count(f"passed {kind}" if passes else f"held {kind} {rule}", items)
         return rule if passes else ""
 
@@ -485,7 +485,7 @@ class Projection:
         if kind == "media":
             named = (str(body["what"]), str(body["key"]), str(body["name"]))
             meta = _map(body.get("meta") or {})
-            rule = self._gated(kind, stream.rank, 1)
+            rule = self._gated(kind, stream.rank, 1, self.gate)
             self._changes.media.append((*where, step, *named, meta, rule))
             told = self.early_blobs.pop((stream.id, head.seq), None)
             if told is None:
@@ -498,7 +498,7 @@ class Projection:
             self._changes.texts.append((*where, step, str(body["l"]), str(body["t"])))
         else:
             self._changes.maps.append((kind, *where, _map(body["v"])))
-        rule = self._gated(kind, stream.rank, 1)
+        rule = self._gated(kind, stream.rank, 1, self.gate)
         if rule:
             feed = (entry, kind, 0, stream.index, head.seq, head.seq, rule)
             self._feed.append((self._next(), feed))

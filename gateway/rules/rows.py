@@ -12,6 +12,7 @@ import numpy.typing as npt
 from rank_client.wire.records import HEADER_BYTES, ROW_HEAD_BYTES, Kind
 
 from .changes import Layout, Stream
+from .gate import Gate
 
 TAIL_HEAD_COLUMNS = 4  #: a tail row: stream, seq, step, wall, then the values, 8 bytes each
 
@@ -29,6 +30,7 @@ class Piece:
     first: int
     n: int
     data: bytes | memoryview
+    gate: Gate  #: in force where the frame stands in the journal
 
 
 def all_alike(records: memoryview, size: int) -> bool:

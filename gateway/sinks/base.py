@@ -206,3 +206,6 @@ class SinkKind:
     online: Callable[[Any, Path], Sink]  #: from the config and a folder of its own to work in
     #: from the config, the folder to write, and what that will be renamed to; None: no export
     export: Callable[[Any, Path, Path], Sink] | None = None
+    #: the backend keeps one value of a name and step: points of an older attempt that arrive after
+    #: those of a newer one are not given to it (`attempts.py`)
+    newest_wins: bool = False

@@ -37,6 +37,9 @@ from gateway.sinks.clearml_task import TaskWriter
 RUN_KEY = "rankgate_run"  #: the runtime key that holds the run id, beside the tag
 TASK = "task"  #: what the task's id is remembered under
 ABORTED = "aborted"  #: what somebody's wish to stop is remembered under, until the run has ended
+RUNNING = "running"  #: remembered while the task is meant to be in progress
+STATUS = ["id", "status", "status_reason", "status_message"]  #: the fields that tell it
+ENDED_HERE = "training "  #: how a status reason begins that this sink gave
 LOOK_SECONDS = 10.0  #: between two looks at the task's status
 PING_SECONDS = 60.0  #: the server stops a task unheard for 7200 s (tasks.conf, non_responsive)
 NON_RESPONSIVE = "non-responsive"  #: stands in the reason when the server did that
@@ -108,7 +111,10 @@ class ClearmlSink:
             if task["status"] == "published":
                 raise Off(f"ClearML task {task_id} is published, which makes it read-only")
             if task["status"] != "in_progress" and not self.stop_asked:
-                self._start()
+                if memory.get(RUNNING):  # somebody did that while no process of this sink was there
+                    self._take_stop(task)
+                else:
+                    self._start()
         except Refused as error:
             raise Off(f"ClearML does not let us make the run's task: {error}") from None
         self._next_look = self._next_ping = self._monotonic() + LOOK_SECONDS
@@ -116,6 +122,8 @@ class ClearmlSink:
     def _start(self) -> None:
         """Also what was ended: a run that comes back goes on in its task."""
         self._api.call("tasks.started", {"task": self._place.task, "force": True})
+        assert self._memory is not None
+        self._memory.put_now(RUNNING, True)
 
     def _project_id(self, name: str) -> str:
         query = {
@@ -145,7 +153,7 @@ class ClearmlSink:
 
         The second covers a process killed, or an answer lost, between the creation and our note.
         """
-        fields = {"only_fields": ["id", "status", "runtime", "tags"], "search_hidden": True}
+        fields = {"only_fields": [*STATUS, "runtime", "tags"], "search_hidden": True}
         known = memory.get(TASK)
         if known:
             tasks = self._tasks({"id": [known], **fields})
@@ -226,10 +234,8 @@ class ClearmlSink:
         self._next_look = now + LOOK_SECONDS
 
     def _look_now(self) -> None:
-        fields = ["id", "status", "status_reason", "status_message"]
-        found = self._tasks(
-            {"id": [self._place.task], "only_fields": fields, "search_hidden": True}
-        )
+        query = {"id": [self._place.task], "only_fields": STATUS, "search_hidden": True}
+        found = self._tasks(query)
         if not found:
             raise Off(DELETED.format(self._place.task))
         [task] = found
@@ -239,8 +245,8 @@ class ClearmlSink:
     def _take_stop(self, task: dict[str, Any]) -> None:
         """Somebody changed the status: nothing is killed here, the ranks are asked to stop."""
         why = f"{task.get('status_reason') or ''} {task.get('status_message') or ''}".strip()
-        if NON_RESPONSIVE in why:  # the server did, as we could not reach it for so long
-            self._start()
+        if NON_RESPONSIVE in why or why.startswith(ENDED_HERE):
+            self._start()  # the server did, unheard from for so long; or we, and did not note it
             return
         self.stop_asked = f"in ClearML the task was set to {task['status']}" + (
             f": {why}" if why else ""
@@ -255,7 +261,7 @@ class ClearmlSink:
         body = {
             "task": self._place.task,
             "force": True,
-            "status_reason": f"training {state}",
+            "status_reason": f"{ENDED_HERE}{state}",
             "status_message": message,
         }
         try:
@@ -263,6 +269,8 @@ class ClearmlSink:
         except Refused as error:
             task = self._place.task
             raise Off(f"ClearML task {task} can no longer be changed: {error}") from None
-        if self.stop_asked and self._memory is not None:
-            self._memory.put(ABORTED, None)
+        if self._memory is not None:
+            self._memory.put(RUNNING, None)
+            if self.stop_asked:
+                self._memory.put(ABORTED, None)
         return Sent()

@@ -9,31 +9,17 @@ sequence number), never by a position in the feed: a rebuilt series is not sent 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import apsw
-import numpy as np
 
-from ..ingest.media import blob_path
-from ..series.reader import DTYPES, Block, FeedEntry, Reader, StreamRow
-from .base import (
-    Item,
-    Media,
-    Off,
-    Params,
-    Refused,
-    Rows,
-    RunInfo,
-    Sent,
-    Sink,
-    Summary,
-    Text,
-    Unavailable,
-)
+from ..series.reader import FeedEntry, Reader
+from .base import Item, Off, Refused, RunInfo, Sent, Sink, Unavailable
+from .items import Items
 from .keep import DROPPED
-from .quarantine import BEGUN, Kept, Row
+from .pieces import identity, newest_wall_ns, piece_name, set_aside, split
+from .quarantine import BEGUN, Kept
 from .retry import Backoff
 from .store import Spans, Store
 
@@ -80,7 +66,7 @@ class Loop:
         self._opened = False
         self._intended = store.intended()
         self._spans, self._media = store.taken()
-        self._streams: dict[int, StreamRow] = {}
+        self._items = Items(reader)
         self._batch: tuple[list[FeedEntry], list[Item]] | None = None
         self._idle_seconds = 0.0
         self._ended_in = store.about("trying", "")  # the piece the life before did not survive
@@ -134,7 +120,7 @@ class Loop:
         if items:
             again = any(self._may_be_there(entry) for entry in entries)
             self._intended |= self._reach(entries)
-            self._store.intend(self._intended, _piece(WHOLE, items), self._deaths)
+            self._store.intend(self._intended, piece_name(WHOLE, items), self._deaths)
             sent = self._deliver(items, again)
         sent.skip(DROPPED, self._dropped)
         self._receipt(entries, items, sent)
@@ -159,7 +145,7 @@ class Loop:
     def _key(self, entry: FeedEntry) -> tuple[bytes, str]:
         """Files come in any order, so that of theirs each stands for itself."""
         kind = f"media {entry.first}" if entry.kind == "media" else entry.kind
-        return self._streams[entry.stream].id, kind
+        return self._items.stream(entry), kind
 
     # --- fetching ------------------------------------------------------------
 
@@ -172,22 +158,10 @@ class Loop:
     def _fetch(self) -> tuple[list[FeedEntry], list[Item]]:
         entries = self._reader.feed(self._cursor(), FETCH_ENTRIES)
         if entries:
-            self._streams = {s.index: s for s in self._reader.streams()}
+            self._items.look()
             entries = _bounded(self._as_before(entries))
         wanted = [w for e in entries if (w := self._untaken(e)) is not None]
-        blocks = self._blocks(wanted)
-        items: list[Item] = []
-        self._dropped = 0
-        for entry in wanted:
-            if entry.kind == "media" and self._is_dropped(entry):
-                self._dropped += 1
-                continue
-            item = self._item(entry, blocks)
-            before = items[-1] if items else None
-            if isinstance(item, Rows) and isinstance(before, Rows) and _follows(before, item):
-                items[-1] = _join(before, item)
-            else:
-                items.append(item)
+        items, self._dropped = self._items.of(wanted)
         return entries, items
 
     def _as_before(self, entries: list[FeedEntry]) -> list[FeedEntry]:
@@ -197,69 +171,13 @@ class Loop:
         return entries[: doubted[-1] + 1] if doubted else entries
 
     def _untaken(self, entry: FeedEntry) -> FeedEntry | None:
-        stream = self._streams[entry.stream].id
+        stream = self._items.stream(entry)
         if entry.kind == "media":
             return None if (stream, entry.first) in self._media else entry
         last = self._spans.get((stream, entry.kind), 0)
         if entry.last <= last:
             return None
         return replace(entry, first=max(entry.first, last + 1))
-
-    def _blocks(self, entries: Sequence[FeedEntry]) -> dict[int, Block]:
-        spans: dict[int, list[tuple[int, int, int]]] = {}
-        for entry in entries:
-            if entry.kind == "rows":
-                spans.setdefault(entry.keyset, []).append((entry.stream, entry.first, entry.last))
-        return {keyset: self._reader.rows(keyset, s) for keyset, s in spans.items()}
-
-    def _item(self, entry: FeedEntry, blocks: dict[int, Block]) -> Item:
-        stream, reader = self._streams[entry.stream], self._reader
-        where: dict[str, Any] = {"stream": stream.id, "rank": stream.rank, "seq": entry.first}
-        if entry.kind == "rows":
-            return self._rows(entry, stream, blocks[entry.keyset])
-        if entry.kind in ("text", "console"):
-            wall, step, level, text = reader.text_at(entry.stream, entry.first)
-            console = entry.kind == "console"
-            return Text(**where, wall_ns=wall, level=level, text=text, step=step, console=console)
-        if entry.kind == "media":
-            return self._media_item(entry, where)
-        wall, values = reader.map_at(entry.kind, entry.stream, entry.first)
-        kind = Params if entry.kind == "params" else Summary
-        return kind(**where, wall_ns=wall, values=values)
-
-    def _rows(self, entry: FeedEntry, stream: StreamRow, block: Block) -> Rows:
-        # A block is sorted by (stream, seq), so an entry is one stretch of it.
-        start, end = np.searchsorted(block.stream, [entry.stream, entry.stream + 1])
-        first, last = np.searchsorted(block.seq[start:end], [entry.first, entry.last + 1]) + start
-        here = slice(int(first), int(last))
-        columns: dict[str, Any] = {}
-        for i, (name, type_) in enumerate(self._reader.keyset(entry.keyset)):
-            values = np.ascontiguousarray(block.values[here, i]).view(DTYPES[type_])
-            columns[name] = values.astype(bool) if type_ == "bool" else values
-        return Rows(
-            stream.id, stream.rank, block.seq[here], block.step[here], block.wall_ns[here], columns
-        )
-
-    def _is_dropped(self, entry: FeedEntry) -> bool:
-        """Did policy drop a file before this sink was there?"""
-        lost = self._reader.media_at(entry.stream, entry.first).lost
-        return lost is not None and lost.startswith(DROPPED)
-
-    def _media_item(self, entry: FeedEntry, where: dict[str, Any]) -> Media:
-        row = self._reader.media_at(entry.stream, entry.first)
-        assert row.sha256 is not None and row.size_bytes is not None  # else it is not in the feed
-        return Media(
-            **where,
-            wall_ns=row.wall_ns,
-            what=row.what,
-            key=row.key,
-            name=row.name,
-            step=row.step,
-            path=blob_path(self._reader.run_dir, row.sha256),
-            sha256=row.sha256,
-            size_bytes=row.size_bytes,
-            meta=row.meta,
-        )
 
     # --- delivering ----------------------------------------------------------
 
@@ -277,7 +195,7 @@ class Loop:
             except Refused as error:
                 halves = list(split(items))
                 if not halves:
-                    self._quarantine.append(_kept(items[0], str(error)[:1000]))
+                    self._quarantine.append(set_aside(items[0], str(error)[:1000]))
                     return Sent()
         total = Sent()
         for number, half in enumerate(halves):
@@ -287,7 +205,7 @@ class Loop:
     def _send_piece(self, items: list[Item], again: bool, place: str) -> Sent:
         """Raises Refused for one item that no life has survived."""
         if self._ended_in:
-            piece = _piece(place, items)
+            piece = piece_name(place, items)
             deaths = self._deaths if piece == self._ended_in else 0  # its own
             if deaths >= DEADLY:
                 raise Refused(f"{deaths} processes in a row ended when it was delivered")
@@ -295,11 +213,11 @@ class Loop:
         return self._sink.send(items, again)
 
     def _receipt(self, entries: list[FeedEntry], items: list[Item], sent: Sent) -> None:
-        media = [(self._streams[e.stream].id, e.first) for e in entries if e.kind == "media"]
+        media = [(self._items.stream(e), e.first) for e in entries if e.kind == "media"]
         spans: Spans = {}
         for entry in entries:
             if entry.kind != "media":
-                key = (self._streams[entry.stream].id, entry.kind)
+                key = (self._items.stream(entry), entry.kind)
                 spans[key] = max(spans.get(key, self._spans.get(key, 0)), entry.last)
         done = {self._key(e) for e in entries if e.kind == "media"}
         intended = {
@@ -320,7 +238,7 @@ class Loop:
                 "reason": "",
                 "build": self._reader.about().build,
                 "feed": entries[-1].id,
-                "sent_wall_ns": _newest(items) or self._store.about("sent_wall_ns", 0),
+                "sent_wall_ns": newest_wall_ns(items) or self._store.about("sent_wall_ns", 0),
                 **SURVIVED,
             },
         )
@@ -339,14 +257,14 @@ class Loop:
         due = self._store.quarantine.due(FETCH_ENTRIES)
         if not due:
             return False
-        self._streams = {s.index: s for s in self._reader.streams()}
-        found = self._kept_items(due)
+        self._items.look()
+        found = self._items.again(due)
         sent = Sent()
         if found:
             self._store.quarantine.begin(found)
             sent = self._send(list(found.values()), due[0].asked == BEGUN, RELEASE)
         again = {(k.kind, k.stream, k.seq, k.key): k.reason for k in self._quarantine}
-        stay = {r.id: again[_identity(r)] for r in due if _identity(r) in again}
+        stay = {r.id: again[identity(r)] for r in due if identity(r) in again}
         stay |= {row.id: NOT_THERE for row in due if row.id not in found}
         self._store.receipt_of_release(
             sent,
@@ -358,40 +276,6 @@ class Loop:
         self._quarantine.clear()
         self._backoff.reset()
         return True
-
-    def _kept_items(self, rows: list[Row]) -> dict[int, Item]:
-        """id → the item again, by what it is for ever; without those the series have no more."""
-        index = {s.id: i for i, s in self._streams.items()}
-        places = {i: self._reader.stretches(i) for i in {index.get(r.stream, -1) for r in rows}}
-        entries: dict[int, list[FeedEntry]] = {}
-        for row in rows:
-            stream = index.get(row.stream, -1)
-            first, last, keyset = places[stream]
-            here = keyset[(first <= row.seq) & (last >= row.seq)] if row.kind == "rows" else [0]
-            entries[row.id] = [
-                FeedEntry(0, 0, row.kind, int(k), stream, row.seq, row.seq, "") for k in here
-            ]
-        blocks = self._blocks([entry for each in entries.values() for entry in each])
-        found = {r.id: self._kept_item(r, entries[r.id], blocks) for r in rows}
-        return {id_: item for id_, item in found.items() if item is not None}
-
-    def _kept_item(
-        self, row: Row, entries: list[FeedEntry], blocks: dict[int, Block]
-    ) -> Item | None:
-        for entry in entries:
-            if entry.stream not in self._streams:
-                return None
-            try:
-                if entry.kind == "media" and self._is_dropped(entry):
-                    return None
-                item = self._item(entry, blocks)
-            except ValueError:  # no such record
-                return None
-            if not isinstance(item, Rows):
-                return item
-            if len(item.seq) and row.key in item.columns:
-                return replace(item, columns={row.key: item.columns[row.key]})
-        return None
 
     # --- the end -------------------------------------------------------------
 
@@ -449,86 +333,3 @@ def add(total: Sent, sent: Sent) -> None:
     total.maybe_duplicate += sent.maybe_duplicate
     for reason, items in sent.skipped.items():
         total.skip(reason, items)
-
-
-def split(items: list[Item]) -> Iterator[list[Item]]:
-    """Two halves of a batch: by items, of one item by rows, of one row by keys; none for a
-    single point, line or file."""
-    if len(items) > 1:
-        middle = len(items) // 2
-        yield items[:middle]
-        yield items[middle:]
-        return
-    [item] = items
-    if not isinstance(item, Rows):
-        return
-    if len(item.seq) > 1:
-        middle = len(item.seq) // 2
-        yield [_cut(item, slice(0, middle))]
-        yield [_cut(item, slice(middle, None))]
-    elif len(item.columns) > 1:
-        names = list(item.columns)
-        for part in (names[: len(names) // 2], names[len(names) // 2 :]):
-            yield [replace(item, columns={name: item.columns[name] for name in part})]
-
-
-def _cut(rows: Rows, part: slice) -> Rows:
-    return Rows(
-        rows.stream,
-        rows.rank,
-        rows.seq[part],
-        rows.step[part],
-        rows.wall_ns[part],
-        {name: values[part] for name, values in rows.columns.items()},
-    )
-
-
-def _follows(before: Rows, after: Rows) -> bool:
-    return (
-        before.stream == after.stream
-        and before.columns.keys() == after.columns.keys()
-        and all(before.columns[k].dtype == after.columns[k].dtype for k in before.columns)
-    )
-
-
-def _join(before: Rows, after: Rows) -> Rows:
-    return Rows(
-        before.stream,
-        before.rank,
-        np.concatenate((before.seq, after.seq)),
-        np.concatenate((before.step, after.step)),
-        np.concatenate((before.wall_ns, after.wall_ns)),
-        {k: np.concatenate((v, after.columns[k])) for k, v in before.columns.items()},
-    )
-
-
-def _piece(place: str, items: list[Item]) -> str:
-    """A piece of a batch as it is noted: the same text in another life is the same piece."""
-    return f"{place} {len(items)} {items[0].stream.hex()} {_name(items[0])}"
-
-
-def _kept(item: Item, reason: str) -> Kept:
-    """A single point, line or file, as it is set aside."""
-    kind, seq, key = type(item).__name__.lower(), item.seq, ""
-    if isinstance(item, Rows):
-        seq, key = int(item.seq[0]), next(iter(item.columns))
-    return Kept(kind, item.stream, int(seq), key, item.items, _name(item), reason)
-
-
-def _identity(row: Row) -> tuple[str, bytes, int, str]:
-    return row.kind, row.stream, row.seq, row.key
-
-
-def _name(item: Item) -> str:
-    """What a quarantined item is, for people."""
-    if isinstance(item, Rows):
-        return f"{next(iter(item.columns))} step {int(item.step[0])} rank {item.rank}"
-    if isinstance(item, Media):
-        return f"{item.what} {item.key} rank {item.rank}"
-    return f"{type(item).__name__.lower()} record {item.seq} rank {item.rank}"
-
-
-def _newest(items: Sequence[Item]) -> int:
-    return max(
-        (int(i.wall_ns.max()) if isinstance(i, Rows) else i.wall_ns for i in items), default=0
-    )

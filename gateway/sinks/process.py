@@ -27,6 +27,7 @@ from .. import parent
 from ..series.db import fetch, open_reader
 from ..series.reader import Reader
 from . import registry, requests
+from .attempts import NewestSink
 from .base import Item, Media, Memory, RunInfo, Sent, Sink, SinkConfig
 from .loop import Loop
 from .retry import Backoff
@@ -123,7 +124,8 @@ def carry(run_dir: Path, name: str, config: SinkConfig, since: str = "") -> int:
     with Reader(run_dir) as reader:
         since = since or store.about("since", "")
         store.note(since=since)
-        sink = _from_on(Limited(registry.online(name, config, scratch)), since)
+        limited = Limited(registry.online(name, config, scratch))
+        sink = _wanted(limited, name, reader, since)
         consume = partial(requests.consume, run_dir, name, store.quarantine)
         code = _drive(reader, store, sink, run_dir, wait_for_end=True, consume=consume)
     if code == 0:
@@ -151,7 +153,8 @@ def export(run_dir: Path, name: str, config: SinkConfig, since: str = "") -> int
     store.note(state="exporting", reason="")
     with Reader(run_dir) as reader:
         feed = reader.feed_end()
-        sink = _from_on(Limited(registry.export(name, config, part, final)), since)
+        limited = Limited(registry.export(name, config, part, final))
+        sink = _wanted(limited, name, reader, since)
         code = _drive(reader, store, sink, run_dir, wait_for_end=False)
     if code == 0:
         old = exports / f".{name}.old"
@@ -165,7 +168,10 @@ def export(run_dir: Path, name: str, config: SinkConfig, since: str = "") -> int
     return code
 
 
-def _from_on(sink: Sink, since: str) -> Sink:
+def _wanted(sink: Sink, name: str, reader: Reader, since: str) -> Sink:
+    """The sink behind what keeps from it the items it is not to have."""
+    if registry.kind(name).newest_wins:
+        sink = NewestSink(sink, reader)
     return SinceSink(sink, msgspec.json.decode(since, type=Since)) if since else sink
 
 

@@ -35,11 +35,15 @@ def _hub(config: HubConfig, scratch: Path) -> Sink:
 
 
 BUILT_IN: dict[str, SinkKind] = {
-    "clearml": SinkKind(ClearmlConfig, lambda config, _: ClearmlSink(config), ClearmlExport),
+    "clearml": SinkKind(
+        ClearmlConfig, lambda config, _: ClearmlSink(config), ClearmlExport, newest_wins=True
+    ),
     "neptune": SinkKind(
         NeptuneConfig, NeptuneSink, lambda config, folder, _: NeptuneExport(config, folder)
     ),
-    "hub": SinkKind(HubConfig, _hub, lambda config, folder, _: HubExport(config, folder)),
+    "hub": SinkKind(
+        HubConfig, _hub, lambda config, folder, _: HubExport(config, folder), newest_wins=True
+    ),
 }
 
 

@@ -149,10 +149,8 @@ class TestOpen:
         ClearmlSink().open(RUN, memory)
         task = only_task(server)
         server.tasks[task]["runtime"], server.tasks[task]["tags"] = {}, []
-        server.tasks[task]["status"] = "stopped"
         ClearmlSink().open(RUN, memory)
         assert memory.get("task") == only_task(server)
-        assert server.tasks[task]["status"] == "in_progress"
 
     @pytest.mark.parametrize("wiped", ["runtime", "tags"])
     def test_finds_the_task_without_memory(self, server: ClearmlServer, wiped: str) -> None:
@@ -817,6 +815,31 @@ class TestAbort:
         third.open(RUN, memory)
         assert third.stop_asked == ""
         assert server.tasks[only_task(server)]["status"] == "in_progress"
+
+    def test_while_no_process_is_there(self, server: ClearmlServer) -> None:
+        """A task aborted between two lives of the sink stays stopped, and the next life asks."""
+        memory = MemoryDict()
+        ClearmlSink().open(RUN, memory)
+        server.abort(only_task(server))
+        second = ClearmlSink()
+        second.open(RUN, memory)
+        assert second.stop_asked == "in ClearML the task was set to stopped: Stopped by u"
+        assert server.tasks[only_task(server)]["status"] == "stopped"
+
+    def test_an_end_without_a_receipt_is_no_abort(self, server: ClearmlServer) -> None:
+        """A sink killed after it told the end, before that was noted, takes it for no wish."""
+        memory = MemoryDict()
+        first = ClearmlSink()
+        first.open(RUN, memory)
+        noted = dict(memory.data)
+        first.close("completed", "")
+        memory.data = noted
+        second = ClearmlSink()
+        second.open(RUN, memory)
+        assert second.stop_asked == ""
+        assert server.tasks[only_task(server)]["status"] == "in_progress"
+        second.close("completed", "")
+        assert server.tasks[only_task(server)]["status"] == "completed"
 
     def test_deleted_in_mid_run(self, server: ClearmlServer) -> None:
         """A task deleted while the run lives turns the sink off."""

@@ -17,6 +17,7 @@ from gateway.sinks.memory import MemorySink
 from gateway.sinks.process import run_info
 from gateway.sinks.retry import TOP_SECONDS, Backoff, asked_seconds
 from gateway.sinks.store import Store, read_view
+from rank_client.wire.records import Kind
 from tests.build import RunBuilder
 
 Point = tuple[str, int, float]
@@ -163,6 +164,42 @@ def test_a_new_life_sends_nothing_twice(tmp_path: Path, rebuilt: bool) -> None:
     driven.open()
     driven.run()
     assert points(driven.sink.received) == Counter(("loss", s, float(s)) for s in range(20))
+    driven.check()
+
+
+@pytest.mark.parametrize("rebuilt", [False, True])
+def test_changed_rules_send_nothing_twice(tmp_path: Path, rebuilt: bool) -> None:
+    """Rules that let more through, then less, change what is sent from there on; what was sent
+    under the rules before is not sent again, in whatever build of the series."""
+    made = RunBuilder(tmp_path, "r1")
+    first, second = made.ranks(2)
+    driven: Driven | None = None
+    everybody = {"name": "everybody", "kinds": ["metric"], "ranks": "all"}
+    nobody = {"name": "nobody", "kinds": ["metric"], "ranks": []}
+    for number, rules in enumerate(([], [everybody], [nobody])):
+        if rules:
+            made.entry(Kind.RULES, {"rules": rules})
+        for rank in (first, second):
+            rank.log({f"loss{rank.rank}": float(number)}, step=number).flush()
+        if number == 2:
+            first.end()
+            second.end()
+        run_dir = made.close()
+        if driven is None:
+            driven = Driven(run_dir, MemorySink())
+        else:
+            driven.close()
+            if rebuilt:
+                for path in run_dir.glob("series.db*"):
+                    path.unlink()
+                rebuild(run_dir)
+            driven.open()
+        for _ in range(5):
+            driven.loop.step()
+    assert driven is not None
+    driven.run()
+    want = [("loss0", 0, 0.0), ("loss0", 1, 1.0), ("loss1", 1, 1.0)]
+    assert points(driven.sink.received) == Counter(want)
     driven.check()
 
 

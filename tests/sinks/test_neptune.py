@@ -31,11 +31,11 @@ from gateway.sinks.base import (
     Text,
     Unavailable,
 )
-from gateway.sinks.loop import split
 from gateway.sinks.neptune import NeptuneConfig, NeptuneSink
 from gateway.sinks.neptune_export import NeptuneExport
 from gateway.sinks.neptune_plan import VALUE_CHARACTERS, cut, seconds
 from gateway.sinks.neptune_run import custom_run_id
+from gateway.sinks.pieces import split
 from tests.servers.base import Reply
 from tests.servers.neptune import CHUNK_BYTES, NeptuneServer, token
 from tests.sinks import minfx

@@ -318,15 +318,17 @@ def test_other_ranks_are_kept_and_not_passed_on(tmp_path: Path) -> None:
         check_sums(reader)
 
 
-def test_a_rule_set_counts_from_where_it_stands(tmp_path: Path) -> None:
-    """A `rules` entry changes what passes after it, not before, also over a restart."""
+@pytest.mark.parametrize("entries_a_fetch", [1, 99])
+def test_a_rule_set_counts_from_where_it_stands(tmp_path: Path, entries_a_fetch: int) -> None:
+    """A `rules` entry changes what passes after it, not before, also over a restart, and in
+    however large fetches the journal is read."""
     run = Run()
     life = run.life(1, world_size=2).row({"a": 1.0}, 0).flush()
     rule = {"name": "mine", "kinds": ["metric"], "ranks": "all"}
     run.entry(Kind.RULES, {"rules": [rule]})
     life.row({"a": 2.0}, 1).flush()
     entries = run.entries()
-    project(tmp_path, entries, range(len(entries)))
+    project(tmp_path, entries, range(0, len(entries), entries_a_fetch))
     with Reader(tmp_path) as reader:
         assert [(e.first, e.rule) for e in reader.feed(0, 99)] == [(2, "mine")]
 
