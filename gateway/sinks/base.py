@@ -152,6 +152,12 @@ class Sent:
         if items:
             self.skipped[reason] = self.skipped.get(reason, 0) + items
 
+    def add(self, part: Sent) -> None:
+        self.delivered += part.delivered
+        self.maybe_duplicate += part.maybe_duplicate
+        for reason, items in part.skipped.items():
+            self.skip(reason, items)
+
 
 class Memory(Protocol):
     """What a sink must remember: durable, small, its own (values are msgpack types).

@@ -199,10 +199,8 @@ class ClearmlSink:
         properties: dict[str, Value] = {}
         for item in batch:
             if isinstance(item, Rows):
-                points, skipped = wire.scalar_lines(item, self._place)
-                sent.delivered += len(points)
-                for reason, items in skipped.items():
-                    sent.skip(reason, items)
+                points, done = wire.scalar_lines(item, self._place)
+                sent.add(done)
                 lines += points
                 continue
             if isinstance(item, Summary):

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gateway.sinks import naming
-from gateway.sinks.base import Media, Refused, Rows, RunInfo, Summary, Text, Value
+from gateway.sinks.base import Media, Refused, Rows, RunInfo, Sent, Summary, Text, Value
 
 MAX_EVENTS = 500  #: of one request; the server indexes in chunks of this size
 MAX_BYTES = 1_000_000  #: of one request, unless a single event is longer
@@ -109,19 +109,19 @@ def batches(lines: Sequence[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def scalar_lines(rows: Rows, place: Place) -> tuple[list[str], dict[str, int]]:
-    """One event per finite value, and how many values there are none for, by reason.
+def scalar_lines(rows: Rows, place: Place) -> tuple[list[str], Sent]:
+    """One event per finite value, and what becomes of all values by them.
 
     Text is put together by hand: a dict and a json.dumps per point is five times slower.
     """
     steps = rows.step.tolist()
     times = (rows.wall_ns // 1_000_000).tolist()
     lines: list[str] = []
-    skipped = {naming.NOT_IN_ORIGINAL: 0, NOT_FINITE: 0}
+    sent = Sent()
     for key, column in rows.columns.items():
         named = naming.clearml_scalar(key, rows.rank, place.source)
         if named is None:
-            skipped[naming.NOT_IN_ORIGINAL] += len(steps)
+            sent.skip(naming.NOT_IN_ORIGINAL, len(steps))
             continue
         head = _scalar_head(place.task, *named)
         values = column.astype(np.float64)
@@ -130,13 +130,14 @@ def scalar_lines(rows: Rows, place: Place) -> tuple[list[str], dict[str, int]]:
         if good.all():
             lines += [f'{head}{s},"value":{v!r},"timestamp":{t}}}' for s, v, t in points]
         else:
-            skipped[NOT_FINITE] += int((~good).sum())
+            sent.skip(NOT_FINITE, int((~good).sum()))
             lines += [
                 f'{head}{s},"value":{v!r},"timestamp":{t}}}'
                 for (s, v, t), fine in zip(points, good.tolist(), strict=True)
                 if fine
             ]
-    return lines, skipped
+    sent.delivered = len(lines)
+    return lines, sent
 
 
 def _scalar_head(task: str, title: str, series: str) -> str:

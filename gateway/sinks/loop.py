@@ -199,7 +199,7 @@ class Loop:
                     return Sent()
         total = Sent()
         for number, half in enumerate(halves):
-            add(total, self._send(half, again, f"{place}{number}"))
+            total.add(self._send(half, again, f"{place}{number}"))
         return total
 
     def _send_piece(self, items: list[Item], again: bool, place: str) -> Sent:
@@ -326,10 +326,3 @@ def _bounded(entries: list[FeedEntry]) -> list[FeedEntry]:
         if records >= FETCH_RECORDS and entries[i + 1].entry != entry.entry:
             return entries[: i + 1]
     return entries
-
-
-def add(total: Sent, sent: Sent) -> None:
-    total.delivered += sent.delivered
-    total.maybe_duplicate += sent.maybe_duplicate
-    for reason, items in sent.skipped.items():
-        total.skip(reason, items)
