@@ -11,7 +11,7 @@ from typing import Any
 
 from .measure import machine, say, workplace
 
-PARTS = ("log_cost", "throughput", "memory", "queries", "sinks")
+PARTS = ("log_cost", "throughput", "memory", "queries", "sinks", "files")
 
 
 def main() -> None:

@@ -31,9 +31,9 @@ _RULES = (
 class Gateway:
     """Use as a context manager; `address` is where ranks connect."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, address: str = "") -> None:
         self.directory = directory
-        self.address = ipc_address(directory)
+        self.address = address or ipc_address(directory)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Gateway:
@@ -55,7 +55,8 @@ class Gateway:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-        Path(self.address.removeprefix("ipc://")).unlink(missing_ok=True)
+        if self.address.startswith("ipc://"):
+            Path(self.address.removeprefix("ipc://")).unlink(missing_ok=True)
 
     def memory(self) -> dict[str, dict[str, float]]:
         return {name: rss_mb(p.pid) for name, p in self._processes.items()}

@@ -15,7 +15,8 @@ import numpy as np
 
 from gateway.journal.writer import Journal
 from gateway.rules.follow import rebuild
-from gateway.series.reader import Points, Reader
+from gateway.series.reader import Reader
+from gateway.series.tables import Points
 from rank_client.wire import frames
 from rank_client.wire.disk import OsDisk
 from rank_client.wire.records import Kind
