@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 setup: $(STAMP)
 
 demo: $(STAMP)
-	@mkdir -p .rankgate
+	@mkdir -p -m 700 .rankgate
 	@PATH="$(abspath $(BIN)):$$PATH" RANKGATE_CONFIG=examples/demo.toml OMP_NUM_THREADS=1 \
 	  rankgate run -- torchrun --standalone --nproc-per-node 4 examples/digits.py
 	@echo "(the command is $(BIN)/rankgate, or: source $(BIN)/activate)"

@@ -13,7 +13,6 @@ import fcntl
 import json
 import logging
 import os
-import re
 import resource
 import signal
 import socket
@@ -41,7 +40,7 @@ from rank_client.wire.keys import (
 )
 
 from . import telemetry
-from .config import Config, load, with_gateway
+from .config import Config, load, tcp_address, with_gateway
 from .errors import BadConfig, Busy, RankgateError
 from .nodes import PORT, is_loopback, nodes_of, own_address
 from .supervise import BIND_FAILED, Supervisor
@@ -52,7 +51,6 @@ PRIVATE = 0o077  #: of all that a gateway writes, others may read nothing, where
 LOCK_SECONDS = 2.0
 CHILD_LOCK_SECONDS = 20.0
 
-_TCP = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.]+\]|[^:/]+)(:(?P<port>\d{1,5}))?")
 _WILDCARDS = ("*", "0.0.0.0", "::")  # noqa: S104 - to refuse them
 
 log = logging.getLogger("rankgate")
@@ -85,12 +83,10 @@ def addresses(root: Path, bind: str, insecure: bool, rendezvous: str) -> list[st
     local = ipc_address(root)
     if bind in ("ipc", local):
         return [local]
-    if bind == "tcp":
-        return [local, _tcp(_on_the_way(rendezvous), str(PORT))]
-    found = _TCP.fullmatch(bind)
-    if not found:
-        raise BadConfig(f'gateway.bind must be "ipc", "tcp" or "tcp://ADDRESS:PORT", not {bind!r}')
-    host, port = found["host"].strip("[]"), found["port"] or str(PORT)
+    host, port = tcp_address(bind, "gateway.bind")
+    port = port or PORT
+    if not host:
+        return [local, _tcp(_on_the_way(rendezvous), port)]
     if host not in _WILDCARDS:
         return [local, _tcp(_numeric(host), port)]
     if not insecure:
@@ -102,7 +98,7 @@ def addresses(root: Path, bind: str, insecure: bool, rendezvous: str) -> list[st
     return [local, _tcp(host, port)]
 
 
-def _tcp(host: str, port: str) -> str:
+def _tcp(host: str, port: int) -> str:
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
@@ -174,8 +170,9 @@ def make_data_dir(root: Path) -> None:
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:
+        why = "it is a file" if root.is_file() else error.strerror
         raise RankgateError(
-            f"cannot write the data directory {root}: {error.strerror}. Give another with --dir "
+            f"cannot write the data directory {root}: {why}. Give another with --dir "
             "or RANKGATE_DIR"
         ) from None
 
@@ -304,6 +301,7 @@ def sink(arguments: list[str]) -> int:
     from .sinks import process
 
     telemetry.configure()
+    telemetry.clean_output()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     return process.main(arguments)
 

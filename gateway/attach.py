@@ -12,6 +12,7 @@ from typing import Any
 
 import apsw
 
+from rank_client import orphans
 from rank_client.rendezvous import LOCK_GATEWAY, ipc_address, locked, start_gateway
 
 from .series.reader import Reader
@@ -89,7 +90,8 @@ def hold(root: Path) -> Iterator[None]:
     """Keep a detached gateway from leaving while we still want something of it."""
     path = root / "holds" / str(os.getpid())
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)  # `parents` are made with any mode
+        path.parent.mkdir(mode=0o700, exist_ok=True)
         path.touch()
     except OSError:
         pass  # then it may leave early, and is started again
@@ -117,6 +119,16 @@ def runs_of_launch(root: Path, launch: str) -> list[str]:
         except (apsw.Error, KeyError):
             continue  # no series yet
     return out
+
+
+def spooled_runs(root: Path, launch: str, spool: Path) -> list[str]:
+    """The runs of a data directory that have a stream of this launch in a spool, shipped or not."""
+    out, here = set(), os.path.realpath(root)
+    for directory in orphans.stream_directories(spool):
+        hello = orphans.read_hello(directory) or {}
+        if hello.get("launch") == launch and os.path.realpath(str(hello.get("dir"))) == here:
+            out.add(directory.parent.name)
+    return sorted(out)
 
 
 @dataclass(frozen=True)

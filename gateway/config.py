@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 
+from rank_client.rendezvous import MAX_PORT
+
 from .errors import BadConfig
 from .sinks import registry
-from .sinks.base import SinkConfig
+from .sinks.base import MAX_SECONDS, SinkConfig
+
+MAX_MIB = 1 << 30  #: a pebibyte: more is no size of a disk, but a slip
+MAX_GIB = MAX_MIB >> 10
+
+_TCP = re.compile(r"tcp://(?P<host>\[[0-9A-Fa-f:.]+\]|[^:/]+)(:(?P<port>\d{1,5}))?")
+
+Mib = Annotated[int, msgspec.Meta(ge=0, le=MAX_MIB)]
+Gib = Annotated[float, msgspec.Meta(ge=0, le=MAX_GIB)]
 
 
 class GatewayConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -19,19 +30,20 @@ class GatewayConfig(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     bind: str = "ipc"  #: "ipc", "tcp" (the way to MASTER_ADDR), or "tcp://ADDRESS:PORT"
     keyfile: str = ""  #: for tcp; relative to this file. Empty: one in the data directory
-    drain_seconds: float = 60.0  #: how long the sinks may take after the last rank has gone
+    #: how long the sinks may take after the last rank has gone
+    drain_seconds: Annotated[float, msgspec.Meta(ge=0, le=MAX_SECONDS)] = 60.0
     #: MiB of events on their way in memory, over all ranks
-    budget_mib: Annotated[int, msgspec.Meta(ge=1)] = 128
+    budget_mib: Annotated[int, msgspec.Meta(ge=1, le=MAX_MIB)] = 128
     #: MiB of the disk that stay free: below that nothing is taken until there is more room
-    reserve_mib: Annotated[int, msgspec.Meta(ge=0)] = 256
+    reserve_mib: Mib = 256
     #: GiB that a run's journal and files may fill; 0: the whole disk
-    run_quota_gib: Annotated[float, msgspec.Meta(ge=0)] = 0.0
+    run_quota_gib: Gib = 0.0
     #: which checkpoints of a run stay once its sinks have them: all, of each name and rank the
     #: newest best, or the newest; final ones always do
     checkpoints: Literal["all", "best", "last"] = "all"
     #: GiB that a run's checkpoints may fill; 0: no cap. The newest and final ones stay
-    checkpoints_gib: Annotated[float, msgspec.Meta(ge=0)] = 0.0
-    max_sink_processes: int = 8
+    checkpoints_gib: Gib = 0.0
+    max_sink_processes: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 8
 
 
 class Config(msgspec.Struct, frozen=True):
@@ -74,14 +86,31 @@ def build(raw: dict[str, Any], source: str, extra_sinks: tuple[str, ...] = ()) -
     tables = dict(_table(raw.get("sinks", {}), "sinks", source))
     for text in extra_sinks:
         name, _, mode = text.partition("=")
+        if name not in registry.names():
+            raise BadConfig(f"there is no sink {name!r}; {_hint(name, '', registry.names())}")
         if mode:
             tables[name] = {**_table(tables.get(name, {}), f"sinks.{name}", source), "mode": mode}
         else:
             tables.setdefault(name, {})
     _known(tables, "sinks.", tuple(registry.names()), source)
-    gateway = _convert(raw.get("gateway", {}), GatewayConfig, "gateway", source)
+    gateway: GatewayConfig = _convert(raw.get("gateway", {}), GatewayConfig, "gateway", source)
+    if not gateway.bind.startswith("ipc"):
+        tcp_address(gateway.bind, f"{source}: gateway.bind")
     sinks = {name: _sink(name, table, source) for name, table in tables.items()}
     return Config(gateway, sinks, source)
+
+
+def tcp_address(bind: str, key: str) -> tuple[str, int]:
+    """Host, empty for `tcp` alone, and port, 0 where none is given. Raises BadConfig, which names
+    the key it stands under."""
+    found = _TCP.fullmatch(bind)
+    if bind == "tcp":
+        return "", 0
+    if not found:
+        raise BadConfig(f'{key} must be "ipc", "tcp" or "tcp://ADDRESS:PORT", not {bind!r}')
+    if found["port"] and not 1 <= int(found["port"]) <= MAX_PORT:
+        raise BadConfig(f"{key} is {bind}, whose port is not one of 1 to {MAX_PORT}")
+    return found["host"].strip("[]"), int(found["port"] or 0)
 
 
 def _sink(name: str, table: Any, source: str) -> SinkConfig:
@@ -101,9 +130,13 @@ def _table(value: Any, path: str, source: str) -> dict[str, Any]:
 def _known(raw: dict[str, Any], prefix: str, names: tuple[str, ...], source: str) -> None:
     for name in raw:
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(names)}"
+            hint = _hint(name, prefix, names)
             raise BadConfig(f"{source}: unknown key {prefix}{name}; {hint}")
+
+
+def _hint(name: str, prefix: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, 1)
+    return f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(names)}"
 
 
 def _convert(raw: Any, type_: type[Any], path: str, source: str) -> Any:

@@ -65,8 +65,11 @@ def end_all() -> None:
     """At exit. An error that ended the process is looked up, as others set the hook too and some
     chain nothing."""
     last = getattr(sys, "last_value", None)
-    if last is not None:
-        _fail_all(type(last), last, last.__traceback__)
+    try:
+        if last is not None:
+            _fail_all(type(last), last, last.__traceback__)
+    except KeyboardInterrupt:
+        pass  # pressed again while the error was put into words: the end is told without them
     for run in list(live):
         run._at_exit()
 

@@ -33,7 +33,7 @@ def safe_run_id(text: str) -> str:
     """A launcher's id as a run id: itself where it is one, else a readable hash of it."""
     if valid_run_id(text):
         return text
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:40]
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:40] or "run"
     return f"{stem}-{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:12]}"
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .values import on_device, plain
+from .values import MAX_TEXT_VALUE, on_device, plain
 
 
 def png(height: int, width: int, channels: int, pixels: bytes) -> bytes:
@@ -89,6 +89,8 @@ def table_bytes(rows: Any) -> bytes:
 
 def _cell(value: Any) -> Any:
     value = plain(value)
+    if isinstance(value, str):
+        return value[:MAX_TEXT_VALUE]
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return str(value)  # JSON has no such numbers, and browsers refuse them
     return value

@@ -13,9 +13,11 @@ from typing import Any
 import zmq
 from zmq.utils import z85
 
+from .rendezvous import address_trouble
 from .wire.keys import Key, key_of
 
 SEND_HWM = 64
+SPARE_DESCRIPTORS = 16  #: twice what a process's first socket, its threads and pipes take
 HANDSHAKE_TRIES = 3  #: one may fail because the gateway is just being restarted
 LET_IN = zmq.EVENT_HANDSHAKE_SUCCEEDED
 HUNG_UP = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL  #: another key than ours, or no gateway at all
@@ -32,23 +34,41 @@ def _context() -> zmq.Context[Any]:
     pid = os.getpid()
     found = _contexts.get(pid)
     if found is None:
+        _spare_descriptors()
         made: zmq.Context[Any] = zmq.Context()
         made.linger = 0
+        made.socket(zmq.PAIR).close()  # its threads begin now, while there is room for them
         found = _contexts.setdefault(pid, made)
-        if found is not made:  # another thread was faster; ours has no socket yet
+        if found is not made:  # another thread was faster
             made.term()
     return found
+
+
+def _spare_descriptors() -> None:
+    """Raises OSError where the process has too few left: libzmq's threads would abort it."""
+    opened: list[int] = []
+    try:
+        while len(opened) < SPARE_DESCRIPTORS:
+            opened.append(os.eventfd(0, os.EFD_CLOEXEC))
+    finally:
+        for fd in opened:
+            os.close(fd)
 
 
 def connect(address: str, environ: Mapping[str, str]) -> Link:
     """A link; over a network with the environment's key, and with `refused` to be asked.
 
-    Raises BadKey for a key that cannot be used (never connects without it), zmq.ZMQError.
+    Raises BadKey for a key that cannot be used (never connects without it), zmq.ZMQError, OSError
+    where the process has too few descriptors left.
     """
     if not address.startswith("tcp://"):
         return Link(address)
     link = Link(address, key_of(environ))
-    link.watch()
+    try:
+        link.watch()
+    except zmq.ZMQError:
+        link.close()
+        raise
     return link
 
 
@@ -57,9 +77,14 @@ class Link:
 
     def __init__(self, address: str, key: Key | None = None) -> None:
         """Encrypted with a key, plain without one. Raises zmq.ZMQError for an address that is
-        none."""
+        none, OSError where the process has too few descriptors left."""
         self.near = address.startswith("ipc://")  #: the gateway sees this node's files
-        socket = _context().socket(zmq.DEALER)
+        if trouble := address_trouble(address):
+            raise zmq.ZMQError(zmq.EINVAL, trouble)
+        try:
+            socket = _context().socket(zmq.DEALER)
+        except zmq.ZMQError as error:
+            raise OSError(error.errno, os.strerror(error.errno or 0)) from None
         socket.setsockopt(zmq.IMMEDIATE, 1)  # without a peer, sends must fail, not vanish
         socket.setsockopt(zmq.SNDHWM, SEND_HWM)
         socket.setsockopt(zmq.RCVHWM, 1000)

@@ -1,20 +1,25 @@
 """Secrets out, before anything is written: a spool, a journal and a backend keep what they get.
 
 Three ways to know a secret: the name it goes by (`password`, `api_key=…`), its shape (a GitHub
-token, a PEM key, a password in a URL), and the values of the environment variables whose names
-say so. Keys of metrics, and the insides of files, figures and tables, are not looked into.
+token, a PEM key, a password in a URL), and its value, where that stands in an environment variable
+whose name says so, in a variable's URL, or in a file in which a vendor's package keeps its keys.
+Keys of metrics, and the insides of files, figures and tables, are not looked into.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+from urllib.parse import quote, unquote
 
-from .values import clean_key
+from . import key_files
+from .values import MAX_TEXT_VALUE, clean_key
 
 MARK = "[redacted]"
+MAX_SECRET_CHARACTERS = 16_384  #: of one known by its shape, as a private key is
 MIN_VALUE_CHARACTERS = 8  #: of an environment variable; a shorter value stands in many words
 
 # Each pattern begins with a letter or two, so that most places of a text are passed by at once, and
@@ -65,6 +70,8 @@ _USERINFO = (
 
 _SECRET = re.compile("|".join((_USERINFO, *_SHAPES, _NAMED, _PEM, _FLAG)))
 
+_URL_SECRET = re.compile(_USERINFO)
+
 _WORD_START = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 _SECRET_NAME = re.compile(rf"(?i)(?:{_STRONG})(?![a-z])")
 _TOKEN_NAME = re.compile(r"(?i)token(?:$|/)")
@@ -87,18 +94,55 @@ def is_secret_name(name: str) -> bool:
 def _secret_values(environ: Mapping[str, str]) -> list[str]:
     """The values to look for, longest first; a value of several lines is looked for by line."""
     found = set()
+    for value in _values(environ):
+        for line in map(str.strip, value.splitlines()):
+            if len(line) >= MIN_VALUE_CHARACTERS and not _is_file(line):
+                found |= _forms(line)
+    return sorted(found, key=len, reverse=True)
+
+
+def _values(environ: Mapping[str, str]) -> Iterator[str]:
     for name, value in environ.items():
-        if name in _NOT_SECRET or not is_secret_name(name) or os.path.exists(value):  # noqa: PTH110
-            continue
-        found |= {line.strip() for line in value.splitlines()}
-    return sorted((v for v in found if len(v) >= MIN_VALUE_CHARACTERS), key=len, reverse=True)
+        if name not in _NOT_SECRET and is_secret_name(name) and not _is_file(value):
+            yield value
+        yield from _passwords(value)
+    for text in key_files.texts(environ):
+        yield from key_files.keys(text)
+        yield from _passwords(text)
+
+
+def _passwords(text: str) -> Iterator[str]:
+    """Of the URLs in a text, as they stand there and as they are meant; `me:me` names nobody."""
+    for match in _URL_SECRET.finditer(text):
+        user, _, password = match["userinfo"].partition(":")
+        if user != password:
+            yield password or user
+            yield unquote(password or user)
+
+
+def _forms(value: str) -> set[str]:
+    """A value as it is, and as it stands in the text of a list, in JSON and in a URL."""
+    shown = {
+        repr(value)[1:-1],
+        json.dumps(value)[1:-1],
+        json.dumps(value, ensure_ascii=False)[1:-1],
+    }
+    return {value, *shown, *(quote(value, safe, errors="replace") for safe in ("", "/"))}
+
+
+def _is_file(value: str) -> bool:
+    try:
+        return os.path.exists(value)  # noqa: PTH110
+    except ValueError:  # a zero byte, which only a file can hold
+        return False
 
 
 class Redactor:
-    """Takes secrets out of text. The environment is read once, when this is made."""
+    """Takes secrets out of text. Environment and files are read once, when this is made."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self._values = _secret_values(environ)
+        self._longest = max(MAX_SECRET_CHARACTERS, *map(len, self._values), 0)
 
     def text(self, text: str) -> str:
         """The text with `[redacted]` in the place of each secret; linear in its length."""
@@ -106,6 +150,15 @@ class Redactor:
             if value in text:
                 text = text.replace(value, MARK)
         return _SECRET.sub(_replace, text)
+
+    def start(self, text: str, characters: int) -> str:
+        """The first `characters` of a text, without secrets; no work for the rest of it."""
+        if len(text) <= characters:
+            return self.text(text)
+        found = self.text(text[: characters + self._longest])
+        if len(text) > characters + self._longest:
+            found = found[: -self._longest]  # here may be half a secret, which nothing shows
+        return found[:characters]
 
     def key(self, name: Any) -> str:
         """A key, name or tag, as every store can hold it."""
@@ -115,7 +168,7 @@ class Redactor:
         """A parameter's plain value, told by its key or by itself."""
         if isinstance(value, str):
             hidden = is_secret_name(key) and not (value == "" or _is_special_token(value))
-            return MARK if hidden else self.text(value)
+            return MARK if hidden else self.start(value, MAX_TEXT_VALUE)
         if isinstance(value, int) and not isinstance(value, bool) and _SECRET_NAME.search(key):
             return MARK
         return value

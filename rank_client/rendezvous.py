@@ -10,6 +10,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pathlib import Path
 LOCK_GATEWAY, LOCK_INGEST, LOCK_RULES, LOCK_STARTER = range(4)
 
 START_SECONDS = 10.0
+MAX_PORT = 65_535
 
 #: what a gateway must not inherit from the rank that happened to start it
 _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
@@ -60,6 +62,17 @@ def ipc_address(directory: Path) -> str:
     return f"ipc://{socket_dir()}/rankgate-{digest}"
 
 
+def address_trouble(address: str) -> str:
+    """Why nobody is ever reached at such an address, or nothing. ZeroMQ takes ports that there are
+    not, and tries for ever."""
+    if address.startswith("ipc://"):
+        return ""
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    if not address.startswith("tcp://") or not host or not re.fullmatch("[0-9]{1,9}", port):
+        return "it lacks a protocol, host or port"
+    return "" if 1 <= int(port) <= MAX_PORT else f"its port is not one of 1 to {MAX_PORT}"
+
+
 def locked(lock_file: Path, which: int) -> bool:
     """Does some other process hold this byte of the lock file?"""
     try:
@@ -86,9 +99,11 @@ def clean_environment(environ: Mapping[str, str]) -> dict[str, str]:
 
 def gateway_command(*arguments: str) -> list[str]:
     """Runs the gateway with the current directory kept off the import path: a user's own
-    `gateway.py` beside the training script must not be taken for ours."""
+    `gateway.py` beside the training script must not be taken for ours. A Ctrl-C, which reaches all
+    processes of a terminal, is for whoever started it to act on."""
     code = (
-        "import sys; sys.path[:] = [p for p in sys.path if p]; "
+        "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        "sys.path[:] = [p for p in sys.path if p]; "
         "from gateway.__main__ import main; main()"
     )
     return [sys.executable, "-c", code, *arguments]

@@ -27,13 +27,13 @@ from .files import Files
 from .images import figure_bytes, table_bytes
 from .link import Link, connect
 from .media import MediaSender
+from .neighbours import Neighbours
 from .redact import Redactor
 from .rendezvous import data_dir, ipc_address
 from .rows import Rows
 from .sender import Sender, jitter, new_stream_id
 from .spool import Spool
 from .spool_place import older_streams, spool_dir, spool_root, spool_share
-from .sweep import Neighbours
 from .values import flatten, plain
 from .wire.records import Kind
 from .wire.session import ClientSession
@@ -86,30 +86,22 @@ class Run:
         self._run_dir = run_dir = spool_dir(environ, run_id, self._warn)
         earlier = older_streams(run_dir)
         directory = f"{run_dir}/{self.stream}" if run_dir else None
-        hello = {
-            "kind": "live",
-            "run": run_id,
-            "dir": str(self._data_dir),
-            "addr": self._address or "",
-            "started": time.time_ns(),
-            "earlier": earlier,
-            **about,
-        }
-        share = spool_share(spool_root(environ), environ, where.local_world_size)
+        hello = {**self._own_hello(), "earlier": earlier, **about}
+        root = spool_root(environ)
+        share = spool_share(root, environ, where.local_world_size)
         self._spool = Spool(
-            directory, {"stream": stream, **hello}, keep_bytes=share.keep, cap_bytes=share.cap
+            directory,
+            {"stream": stream, **hello},
+            keep_bytes=share.keep,
+            cap_bytes=share.cap,
+            nowhere=f"cannot write the spool in {root}",
         )
         self._rows = Rows(self._spool, self._warn)
         session = ClientSession(stream, lambda: {**hello, **self._progress()}, self._spool, jitter)
         session.on_ping(self._progress)
+        place = Path(directory or f"{tempfile.gettempdir()}/rankgate-{self.stream}") / "media"
         self._media = MediaSender(
-            Path(directory or f"{tempfile.gettempdir()}/rankgate-{self.stream}") / "media",
-            run_id,
-            stream,
-            self._spool,
-            self._connect,
-            self._warn,
-            redactor.text,
+            place, run_id, stream, self._spool, self._connect, self._warn, redactor.text
         )
         self._files = Files(self._media, redactor)
         self._sender = Sender(
@@ -126,13 +118,29 @@ class Run:
         self._source: Source | None = None
         self._console: Console | None = None
         self._machine: Machine | None = None
-        self._neighbours: Neighbours | None = None
-        if self._online and run_dir and where.local_rank == 0 and _remote(self._address):
-            assert self._address
-            self._neighbours = Neighbours(
-                Path(run_dir), session, self._address, environ, self._warn
-            )
-            self._neighbours.start()
+        self._neighbours = self._begin_neighbours(where, session)
+
+    def _own_hello(self) -> dict[str, Any]:
+        return {
+            "kind": "live",
+            "run": self.id,
+            "dir": str(self._data_dir),
+            "addr": self._address or "",
+            "started": time.time_ns(),
+        }
+
+    def _begin_neighbours(self, where: identity.Place, session: ClientSession) -> Neighbours | None:
+        """In one rank of a node, where the gateway may be on another."""
+        if not (self._online and self._run_dir and where.local_rank == 0 and self._address):
+            return None
+        if not self._address.startswith("tcp://"):
+            return None
+        run_dir = Path(self._run_dir)
+        neighbours = Neighbours(
+            run_dir, self._data_dir, session, self._address, self._environ, self._warn
+        )
+        neighbours.start()
+        return neighbours
 
     # --- logging -------------------------------------------------------------
 
@@ -286,17 +294,26 @@ class Run:
             self._dead = True
         if not self._online:
             deadline = time.monotonic()
+        # What is in memory only is lost when we leave: then no wait is too long but the promised.
+        absent = seconds if self._spool.memory_records else ABSENT_SECONDS
         welcomed = self._sender.session.welcomed
-        patience = deadline if welcomed else min(deadline, time.monotonic() + ABSENT_SECONDS)
+        patience = deadline if welcomed else min(deadline, time.monotonic() + absent)
         files = self._media.wait(patience, sent=True)
         # BYE says that nothing more will come of this life, so not while a file is on its way.
-        done = self._sender.finish(deadline, end if files else None, ABSENT_SECONDS)
+        done = self._sender.finish(deadline, end if files else None, absent)
         self._media.close()
         if self._neighbours:
             self._neighbours.stop(min(0.2, deadline - time.monotonic()))
         done = done and self._sender.session.durable >= self._spool.last
         memory = self._spool.memory_records if not done else 0
         self._spool.close()
+        if done and files:
+            self._mark_shipped()
+        self._tell_left(memory, done and files)
+        return done and files
+
+    def _tell_left(self, memory: int, shipped: bool) -> None:
+        """What is lost with this process (`memory`, in records), and where the rest waits."""
         if memory:
             log.warning(
                 "rankgate: rank %s: %d records were in memory only (%s) and are lost",
@@ -304,9 +321,7 @@ class Run:
                 memory,
                 self._spool.volatile,
             )
-        if done and files:
-            self._mark_shipped()
-        elif self._online and self._spool.directory:
+        if not shipped and self._online and self._spool.directory:
             log.warning(
                 "rankgate: rank %s: not all is acknowledged yet; it is safe in %s%s",
                 self.rank,
@@ -315,7 +330,6 @@ class Run:
                 if self._address
                 else f" and the gateway ships it (or: rankgate drain --dir {self._data_dir})",
             )
-        return done and files
 
     def _mark_shipped(self) -> None:
         """Note what the gateway has on disk; the sweep removes the spool when it is old."""
@@ -491,10 +505,7 @@ def init(
     if capture_console is not True and capture_console is not False:
         raise ValueError(f"capture_console must be True or False, not {capture_console!r}")
     environ = os.environ
-    mode = environ.get("RANKGATE_MODE") or "live"
-    if mode not in MODES:
-        log.warning("rankgate: RANKGATE_MODE is one of %s, not %r; live is used", MODES, mode)
-        mode = "live"
+    mode = _mode(environ)
     where = identity.place(environ, rank, local_rank, world_size)
     run_id = identity.run_id(environ, where, run)
     child = rank is None and identity.in_worker_process()
@@ -504,8 +515,11 @@ def init(
         return NullRun(run_id)
     try:
         redactor = Redactor(environ)
+        attributes = identity.attributes(environ, where)
+        argv0 = str(attributes["argv0"])
         about = {
-            **identity.attributes(environ, where),
+            **attributes,
+            "argv0": redactor.key(argv0) if argv0 else "",
             "project": redactor.key(project or environ.get("RANKGATE_PROJECT") or "default"),
             "name": redactor.key(name) if name else "",
             "tags": fitting([redactor.key(t) for t in tags]),
@@ -526,6 +540,14 @@ def init(
     return made
 
 
+def _mode(environ: Mapping[str, str]) -> str:
+    mode = environ.get("RANKGATE_MODE") or "live"
+    if mode in MODES:
+        return mode
+    log.warning("rankgate: RANKGATE_MODE is one of %s, not %r; live is used", MODES, mode)
+    return "live"
+
+
 @cache
 def _tell_child() -> None:
     """Once per process."""
@@ -533,8 +555,3 @@ def _tell_child() -> None:
         "rankgate: init() does nothing in a child of multiprocessing, as that may be a worker of a "
         "rank; a child that is a rank itself says so: init(rank=RANK, world_size=SIZE)"
     )
-
-
-def _remote(address: str | None) -> bool:
-    """May the gateway be on another node, where it does not see our spool?"""
-    return bool(address) and str(address).startswith("tcp://")

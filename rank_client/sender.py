@@ -216,6 +216,13 @@ class Sender:
         except BadKey as error:
             self._warn("key", f"{error}. Not connecting without it; the spool keeps everything")
             return None
+        except OSError as error:
+            self._warn(
+                "connect",
+                f"cannot connect to {self._address or self._data_dir}: {error.strerror or error}; "
+                "it is tried again, and the spool keeps everything",
+            )
+            return None
         except Exception as error:
             self._warn(
                 "address",

@@ -75,6 +75,7 @@ class Spool:
         segment_bytes: int = SPOOL_SEGMENT_BYTES,
         keep_bytes: int = SPOOL_KEEP_BYTES,
         cap_bytes: int = SPOOL_CAP_BYTES,
+        nowhere: str = "there is no directory for the spool",
     ) -> None:
         # Reentrant: a signal handler may log while its own thread is inside `append`.
         self.lock = threading.RLock()
@@ -110,6 +111,9 @@ class Spool:
         self._gone = 0  # the highest number that was only ever in memory, and is forgotten
         self._unsynced = False
         self._reader = SpoolReader(self)
+        if directory is None:
+            self.volatile = nowhere
+            return
         try:
             self._open()
         except OSError as error:
@@ -118,8 +122,7 @@ class Spool:
     # --- writing -------------------------------------------------------------
 
     def _open(self) -> None:
-        if self.directory is None:
-            raise OSError("no directory")
+        assert self.directory is not None
         self.disk.make_dir(self.directory)
         self._lock_fd = self.disk.lock(f"{self.directory}/lock")
         own_spools.add(self.directory)

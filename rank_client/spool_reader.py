@@ -44,11 +44,11 @@ class SpoolReader:
     def read(self, first: int, max_bytes: int) -> tuple[int, bytes]:
         """(n, bytes) of the numbered records from `first` on, with the schemas between them.
 
-        All schemas stand before the first record after a jump: it may be for a journal that has
-        none of them.
+        All schemas stand before the first record after a jump, and before the first that is kept
+        when those before it are not: it may be for a journal that has none of them.
         """
         restated = b""
-        if first != self._follows:
+        if first != self._follows or 1 < first == self._spool.first_kept:
             restated = b"".join(s.pack(first) for s in self._spool.schemas[:])
         n, data = self._read(first, max_bytes - len(restated))
         if n == 0:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
-MAX_TEXT_VALUE = 64 << 10
+MAX_TEXT_VALUE = 64 << 10  #: characters; more of a text are left out
 
 #: type → (column type, how to make struct take it; None where struct takes it as it is)
 _KNOWN: dict[type, tuple[str, Callable[[Any], Any] | None]] = {
@@ -94,15 +94,15 @@ def flatten(
 
 
 def plain(value: Any) -> float | int | bool | str | None:
-    """A parameter's value: scalars and text as they are, all else as its text, shortened."""
+    """A parameter's value: scalars and text as they are, all else as its text, however long."""
     if value is None or isinstance(value, str):
-        return value if value is None else value[:MAX_TEXT_VALUE]
+        return value
     if on_device(value):
         return f"<{type(value).__name__} on {value.device}>"
     try:
         return scalar(value)
     except (BadValue, RuntimeError):
-        return str(value)[:MAX_TEXT_VALUE]
+        return str(value)
 
 
 def clean_key(key: Any) -> str:

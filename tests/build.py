@@ -102,14 +102,17 @@ class RankBuilder:
         name = key.rpartition("/")[2]
         body = {"what": what, "key": key, "name": name, "s": step, "meta": dict(meta or {})}
         self._map(Kind.MEDIA, {**body, "w": self.run.tock()})
-        if arrives:
-            self.flush()
-            sha256 = hashlib.sha256(data).hexdigest()
-            path = blob_path(self.run.path, sha256)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
-            blob = {"media": self.last, "sha256": sha256, "size": len(data)}
-            self.run.entry(Kind.BLOB, {"stream": self.stream, **blob})
+        return self.arrive(self.last, data) if arrives else self
+
+    def arrive(self, number: int, data: bytes) -> RankBuilder:
+        """The bytes of the file that record `number` told of."""
+        self.flush()
+        sha256 = hashlib.sha256(data).hexdigest()
+        path = blob_path(self.run.path, sha256)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        blob = {"media": number, "sha256": sha256, "size": len(data)}
+        self.run.entry(Kind.BLOB, {"stream": self.stream, **blob})
         return self
 
     def refuse(self, calls: int, reason: str) -> RankBuilder:

@@ -11,6 +11,9 @@ from gateway.sinks.registry import BUILT_IN
 from rank_client.wire.frames import FIELDS, Code, Type
 from rank_client.wire.records import FIRST_JOURNAL_KIND, Kind
 
+from .simulator import mutants
+from .trials import faults
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -54,6 +57,13 @@ def test_the_names_in_backends_are_those_of_the_table() -> None:
         naming.rank_prefix(3).strip(),
     ):
         assert name in text, name
+
+
+def test_the_counts_of_the_trials_are_those_of_the_code() -> None:
+    """docs/guarantee.md says how many bugs are planted and how many faults are played."""
+    text = (ROOT / "docs/guarantee.md").read_text()
+    assert f"| {len(mutants.names())} bugs, each found" in text
+    assert f"| {len(faults.cells(1))} cells, one seed each" in text
 
 
 def test_every_sink_and_command_is_documented() -> None:

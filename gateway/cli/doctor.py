@@ -16,14 +16,16 @@ from ..view.export import json_text
 from ..view.health import look
 from ..view.lines import console, width_of, wrapped
 from ..view.words import clean
-from .options import DEFAULT_DIR, ConfigFile, Dir, Json, settings_of, spool, write
+from .options import DEFAULT_DIR, AnyDir, ConfigFile, Json, settings_of, spool, write
 
 REST = " " * 5  #: before what stands under a line's first
 
 _STYLES = {"ok": "green", "warn": "yellow", "bad": "bold red"}
 
 
-def command(directory: Dir = DEFAULT_DIR, config: ConfigFile = None, as_json: Json = False) -> None:
+def command(
+    directory: AnyDir = DEFAULT_DIR, config: ConfigFile = None, as_json: Json = False
+) -> None:
     """Check the data directory, the gateway, the spool, this machine and what is installed.
 
     Says what each disk takes to sync, whether the gateway of --dir and that of RANKGATE_ADDR
@@ -51,9 +53,12 @@ def _settings(directory: Path, config: Path | None) -> tuple[list[Check], int]:
     """The config a gateway here would have: what is wrong with it, and the MiB it keeps free."""
     try:
         gateway = settings_of(directory.absolute(), config, ()).gateway
-    except BadConfig as error:
-        advice = "no gateway starts with it"
-        return [Check("config", "bad", error.text, advice)], GatewayConfig().reserve_mib
+    except (BadConfig, OSError) as error:
+        text = str(error)
+        if isinstance(error, OSError):
+            text = f"cannot look at {error.filename}: {error.strerror}"
+        check = Check("config", "bad", text, "no gateway starts with it")
+        return [check], GatewayConfig().reserve_mib
     return [], gateway.reserve_mib
 
 

@@ -57,6 +57,11 @@ def new(
       rankgate keys new ~/job.key
     """
     root = directory.absolute()
+    if path and path.is_dir():
+        raise BadConfig(
+            f"{path} is a directory; name the keyfile itself, as in {path / KEYFILE}, or the data "
+            f"directory it is for: --dir {path}"
+        )
     try:
         if run is None:
             made = (path or root / KEYFILE).absolute()

@@ -79,10 +79,23 @@ _register()
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command line and exit."""
+    _open_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a C locale must not stop us
     sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _open_streams() -> None:
+    """A stream that whoever started us closed (`>&-`) is /dev/null: else the next file that is
+    opened would take its number, and what others print into it."""
+    for fd, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(fd)
+            except OSError:
+                os.open(os.devnull, os.O_RDWR)  # takes the lowest number
+            setattr(sys, name, os.fdopen(fd, mode, closefd=False))
 
 
 def run(arguments: list[str]) -> int:

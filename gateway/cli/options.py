@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,10 +15,43 @@ from rank_client.spool_place import spool_root
 from .. import attach
 from ..config import Config, load
 from ..errors import BadConfig
+from ..view.typed import DEFAULT_DIR as DEFAULT_DIR
+from ..view.typed import typed
+
+
+def _utf8(path: Path) -> Path:
+    """A directory whose name can stand in JSON, messages and addresses. Raises BadConfig."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise BadConfig(
+            f"the data directory {str(path)!a} has a name that is not UTF-8; give another "
+            "with --dir or RANKGATE_DIR"
+        ) from None
+    return path
+
 
 Dir = Annotated[
     Path,
-    typer.Option("--dir", envvar="RANKGATE_DIR", help="The data directory.", show_envvar=True),
+    typer.Option(
+        "--dir",
+        envvar="RANKGATE_DIR",
+        help="The data directory.",
+        show_envvar=True,
+        callback=_utf8,
+    ),
+]
+#: also one that we may not read
+AnyDir = Annotated[
+    Path,
+    typer.Option(
+        "--dir",
+        envvar="RANKGATE_DIR",
+        help="The data directory.",
+        show_envvar=True,
+        readable=False,
+        callback=_utf8,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON; its names are stable.")]
 RunName = Annotated[
@@ -44,8 +76,6 @@ Sinks = Annotated[
     typer.Option("--sink", help="Turn a sink on: NAME, or NAME=offline. Repeatable."),
 ]
 
-DEFAULT_DIR = Path(".rankgate")
-
 
 def settings_of(root: Path, config: Path | None, sinks: tuple[str, ...]) -> Config:
     """The config a gateway of this directory would have. Raises BadConfig."""
@@ -65,11 +95,15 @@ def replay_lines(root: Path, settings: Config, config: str, runs: Iterable[str])
             ):
                 continue
             to = f"{name}=offline" if sink.mode == "offline" else name
-            words = ["rankgate", "replay", run, "--to", to]
-            words += ["--dir", str(root)] if root != DEFAULT_DIR.absolute() else []
-            words += ["--config", config] if config else []
-            lines.append(shlex.join(words))
+            lines.append(typed(root, "replay", run, "--to", to, config=config))
     return lines
+
+
+def finite_seconds(value: float) -> float:
+    """What `--seconds` may be: nan is never over, and never waited for. Raises BadConfig."""
+    if not 0 <= value < float("inf"):
+        raise BadConfig(f"--seconds takes 0 or more seconds, not {value:g}.")
+    return value
 
 
 def ranks_of(text: str) -> frozenset[int] | None:

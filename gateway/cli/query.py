@@ -14,6 +14,7 @@ from ..series.reader import Reader
 from ..view import export
 from ..view.finding import check_whole, find_run, reading
 from ..view.points import REDUCTIONS, Answer, lives_of, matching_keys, query_key
+from ..view.words import ranges
 from .options import DEFAULT_DIR, Dir, Json, Ranks, RunName, ranks_of, steps_of, write
 
 
@@ -57,14 +58,18 @@ def command(
       rankgate query 7f3a 'train/*' --reduce mean --steps 1000:2000
       rankgate query 7f3a train/loss --attempts all --format csv > loss.csv
     """
+    if as_json and format_ not in ("table", "json"):
+        raise BadConfig(f"--json and --format {format_} cannot both be had; give one of them.")
     format_ = "json" if as_json else format_
     _check(format_, attempts, reduce, output)
     chosen, span = ranks_of(rank), steps_of(steps)
     run_dir = find_run(directory, run)
     with reading(run_dir) as reader:
         names = matching_keys(reader, keys)
-        _check_keys(reader, run, keys, names)
+        if not names:
+            raise no_such_key(reader, run, keys)
         lives = lives_of(reader, reader.about(), reader.streams())
+        _check_ranks(run, chosen, {s.rank for s in reader.streams() if s.kind != "tool"})
 
         def answers() -> Iterator[Answer]:
             for name in names:
@@ -85,13 +90,19 @@ def _check(format_: str, attempts: str, reduce: str, output: Path | None) -> Non
         raise BadConfig("Parquet is binary: say where it goes with --output FILE.")
 
 
-def _check_keys(reader: Reader, run: str, globs: list[str], names: list[str]) -> None:
-    if names:
-        return
+def no_such_key(reader: Reader, run: str, globs: list[str]) -> UnknownRun:
+    """What to say where no key matches: those there are."""
     known = sorted(reader.key_names())
     some = ", ".join(known[:8]) + (f" and {len(known) - 8:,} more" if len(known) > 8 else "")
     has = f"It has {some}." if known else "It has no values yet."
-    raise UnknownRun(f"Run {run} has no key that matches {' '.join(globs)!r}. {has}")
+    return UnknownRun(f"Run {run} has no key that matches {' '.join(globs)!r}. {has}")
+
+
+def _check_ranks(run: str, chosen: frozenset[int] | None, there: set[int]) -> None:
+    """Raises UnknownRun where none of the ranks that were named took part."""
+    if chosen is not None and not chosen & there:
+        has = f"It has {ranges(there)}." if there - {-1} else "It has no ranks."
+        raise UnknownRun(f"Run {run} has no rank {ranges(chosen)}. {has}")
 
 
 def _write(format_: str, answers: Iterator[Answer], output: Path | None) -> None:

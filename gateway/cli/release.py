@@ -20,6 +20,7 @@ from ..sinks.process import OFF, lock
 from ..sinks.quarantine import Row, read_quarantine
 from ..sinks.store import SinkView, Store, read_view, store_name
 from ..view.finding import find_run, run_dirs
+from ..view.typed import typed
 from .deliver import deliver
 from .options import settings_of
 from .replay import bring_up_to_date
@@ -87,7 +88,8 @@ def _check_there(place: Place, ids: list[int] | None) -> None:
     missing = sorted(set(ids or ()) - there)
     if missing:
         named = ", ".join(f"{place.name}/{id_}" for id_ in missing)
-        raise BadConfig(f"not in quarantine: {named}. See: rankgate sinks status")
+        root = place.run_dir.parent.parent
+        raise BadConfig(f"not in quarantine: {named}. See: {typed(root, 'sinks', 'status')}")
 
 
 def _online(run_dir: Path) -> list[SinkView]:
@@ -117,7 +119,8 @@ def have_skipped(place: Place, asked: Path) -> None:
         if time.monotonic() > deadline:
             raise Busy(
                 f"the process that delivers {place.name} is in the middle of a call; it does what "
-                "you asked for when that is over. Look: rankgate sinks status"
+                "you asked for when that is over. Look: "
+                + typed(place.run_dir.parent.parent, "sinks", "status")
             )
         time.sleep(attach.POLL_SECONDS)
 
@@ -130,17 +133,23 @@ def have_retried(root: Path, place: Place, asked: Path, config: Path | None) -> 
         with attach.hold(root):
             _wait(place, asked)
         return
+    given = str(config.absolute()) if config else ""
     served = bring_up_to_date(place.run_dir)
     with Reader(place.run_dir) as reader:
         if reader.about().state not in ENDED and not served:
             raise NotServed(
                 f"run {place.run_dir.name} has not ended and no gateway serves it. What you asked "
-                f"for is noted: rankgate drain --sink {place.sink}"
+                f"for is noted: {typed(root, 'drain', config=given, sinks=[place.sink])}"
             )
     settings = settings_of(root, config, (f"{place.sink}=online",))
     code = deliver(place.run_dir, place.sink, settings.sinks[place.sink])
     if code == OFF:
-        raise RankgateError(f"{place.sink} is off: {read_view(place.store).reason}")
+        raise RankgateError(f"{place.sink} is off: {_reason(read_view(place.store))}")
+
+
+def _reason(view: SinkView) -> str:
+    """Without the sink's own name, which stands before it."""
+    return view.reason.removeprefix(f"{view.name}: ")
 
 
 def _wait(place: Place, asked: Path) -> None:
@@ -150,13 +159,13 @@ def _wait(place: Place, asked: Path) -> None:
         view = read_view(place.store)
         if view.state == "off" and view.updated_ns > since_ns:
             raise RankgateError(
-                f"{place.sink} is off: {view.reason}. What you asked for is noted, and done when "
+                f"{place.sink} is off: {_reason(view)}. What you asked for is noted, and done when "
                 "it works again"
             )
         if time.monotonic() > deadline:
-            why = f" ({view.state}: {view.reason})" if view.reason else ""
+            why = f" ({view.state}: {_reason(view)})" if view.reason else ""
             raise Busy(
                 f"{place.name} has not come to it yet{why}. What you asked for is noted, and done "
-                "in its time. Look: rankgate sinks status"
+                f"in its time. Look: {typed(place.run_dir.parent.parent, 'sinks', 'status')}"
             )
         time.sleep(attach.POLL_SECONDS)

@@ -23,14 +23,15 @@ from ..sinks.process import BUSY, OFF
 from ..sinks.since import Since
 from ..sinks.store import read_view, store_name
 from ..view.finding import check_whole, find_run
+from ..view.typed import typed
 from .deliver import deliver
-from .options import DEFAULT_DIR, ConfigFile, Dir, Json, settings_of
+from .options import DEFAULT_DIR, ConfigFile, Dir, Json, RunName, settings_of
 
 PROJECTED_SECONDS = 10.0
 
 
 def command(
-    run: Annotated[str, typer.Argument(help="Run id.")],
+    run: RunName,
     to: Annotated[str, typer.Option(help="Sink: NAME, or NAME=offline for an export.")],
     since: Annotated[
         str,
@@ -57,6 +58,7 @@ def command(
     Progress goes to stderr. --json gives the sink's account: state, reason, delivered, skipped,
     quarantined, maybe_duplicate, export.
     """
+    os.umask(app.PRIVATE)
     root = directory.absolute()
     run_dir = find_run(root, run)
     settings = settings_of(root, config, (to,))
@@ -69,7 +71,7 @@ def command(
     if state not in ENDED and sink.mode == "online" and not served:
         raise Busy(
             f"run {run_dir.name} has not ended, as far as its journal tells, and no gateway serves "
-            f"it. First: rankgate drain --dir {root}"
+            f"it. First: {typed(root, 'drain')}"
         )
     code = deliver(run_dir, name, sink, wanted)
     _tell(run_dir, name, sink.mode, code, as_json)
@@ -109,11 +111,11 @@ def _tell(run_dir: Path, name: str, mode: str, code: int, as_json: bool) -> None
     if code == BUSY:
         raise Busy(
             f"another process delivers run {run_dir.name} to {name} right now: a gateway that has "
-            "this sink, or another replay. Look: rankgate status"
+            f"this sink, or another replay. Look: {typed(run_dir.parent.parent, 'status')}"
         )
     view = read_view(run_dir / "sinks" / store_name(name, mode))
     if code == OFF:
-        raise RankgateError(f"{name} is off: {view.reason}")
+        raise RankgateError(f"{name} is off: {view.reason.removeprefix(f'{name}: ')}")
     if as_json:
         typer.echo(json.dumps(msgspec.to_builtins(view)))
         return
@@ -125,4 +127,5 @@ def _tell(run_dir: Path, name: str, mode: str, code: int, as_json: bool) -> None
     if view.export:
         typer.echo(view.export)
     if view.quarantined and mode == "online":
-        typer.echo(f"to see what is in quarantine: rankgate sinks status {run_dir.name}")
+        look = typed(run_dir.parent.parent, "sinks", "status", run_dir.name)
+        typer.echo(f"to see what is in quarantine: {look}")

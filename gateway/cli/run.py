@@ -14,7 +14,8 @@ from typing import Annotated
 
 import typer
 
-from rank_client import sweep
+from rank_client import orphans, sweep
+from rank_client.identity import safe_run_id
 from rank_client.integrations.ultralytics_hook import SWITCH, hooked
 from rank_client.spool_place import spool_root
 from rank_client.tool import tell_exit
@@ -25,8 +26,9 @@ from ..config import Config, with_gateway
 from ..errors import RankgateError
 from ..nodes import Nodes, nodes_of
 from ..supervise import read_json
-from ..view.queries import shown
+from ..view.shown import shown
 from ..view.summary import summary_lines
+from ..view.typed import typed
 from .options import DEFAULT_DIR, ConfigFile, Dir, Sinks, replay_lines, settings_of
 
 #: what follows the command's name is its own, with or without `--` before it
@@ -83,7 +85,7 @@ def command(
     Examples:
       rankgate run -- torchrun --standalone --nproc-per-node 4 train.py
       rankgate run --sink clearml --sink neptune=offline -- python train.py
-      rankgate run --ultralytics -- yolo train model=yolo11n.yaml data=coco8.yaml device=0,1
+      rankgate run --ultralytics -- yolo train model=yolo11n.yaml device=0,1
     """
     root = directory.absolute()
     launch = Launch(root, nodes_of(words, os.environ), run, quiet)
@@ -108,7 +110,7 @@ class Launch:
         self.joined = bool(os.environ.get("RANKGATE_ADDR")) or not nodes.head
         given = os.environ.get("RANKGATE_LAUNCH") if self.joined else None
         self.named = bool(run or nodes.run)  #: so that all nodes mean the same run
-        self.run = run or nodes.run or secrets.token_hex(4)
+        self.run = safe_run_id(run or nodes.run or secrets.token_hex(4))
         self.launch = given or nodes.launch or secrets.token_hex(8)
         self.quiet = quiet
         self.environ = {
@@ -120,8 +122,9 @@ class Launch:
         if keyfile := os.environ.get("RANKGATE_KEYFILE"):
             self.environ["RANKGATE_KEYFILE"] = str(Path(keyfile).absolute())
         self.bind = ""  #: where the gateway listens for other nodes
-        self._told_at = time.monotonic()
+        self._told_at = self._answered_at = time.monotonic()
         self._warned = False
+        self._drain = typed(root, "drain")  #: what to type when all else is over
         self._stored: dict[str, int] = {}
 
     # --- before --------------------------------------------------------------
@@ -130,6 +133,11 @@ class Launch:
         self, config: Path | None, sinks: tuple[str, ...], bind: str | None
     ) -> Config | None:
         """Start a gateway; None (said loudly) when there cannot be one. Training goes on."""
+        # For whoever has to start the gateway again: not with other settings than we were given.
+        given = str(config.absolute()) if config else ""
+        self.environ |= {"RANKGATE_CONFIG": given} if given else {}
+        self.environ |= {"RANKGATE_SINKS": ",".join(sinks)} if sinks else {}
+        self._drain = typed(self.root, "drain", config=given, sinks=sinks)
         try:
             settings = settings_of(self.root, config, sinks)
             if bind:
@@ -137,16 +145,12 @@ class Launch:
             if self.joined:
                 self._join()
             else:
-                self._serve(settings, str(config.absolute()) if config else "", sinks)
+                self._serve(settings, given, sinks)
         except (RankgateError, OSError) as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
+            reason = _reason(self.root, error) if isinstance(error, OSError) else error
             say(f"NO GATEWAY: {reason}")
-            say("the command runs all the same; its logs wait in the spool for: rankgate drain")
+            say(f"the command runs all the same; its logs wait in the spool for: {self._drain}")
             return None
-        if sinks:  # for whoever has to start the gateway again
-            self.environ["RANKGATE_SINKS"] = ",".join(sinks)
-        if config:
-            self.environ["RANKGATE_CONFIG"] = str(config.absolute())
         if not self.quiet:
             say(f"run {self.run}, data in {self.root}")
         return settings
@@ -156,11 +160,12 @@ class Launch:
         bind = settings.gateway.bind
         if self.nodes.several and bind == "ipc":
             bind = "tcp"
+        if not attach.runs(self.root):
+            app.make_data_dir(self.root)
         if bind == "ipc":
             attach.ensure(self.root, self.environ, config, sinks)
             return
         if not attach.runs(self.root):
-            app.make_data_dir(self.root)
             where = app.addresses(self.root, bind, False, self.nodes.rendezvous)
             guard = app.guard_of(self.root, settings, where, False, self.environ)
             self.bind = where[1]
@@ -170,8 +175,9 @@ class Launch:
             self._tell_others(address, self._known_guard() or "KEYFILE")
         else:
             say(f"OTHER NODES CANNOT REACH the gateway that serves {self.root} already: it listens "
-                "on this node only. Their logs wait in their spools. Stop it (rankgate status "
-                "names its pid) or give another --dir, and start again")  # fmt: skip
+                "on this node only. Their logs wait in their spools. Stop it "
+                f"({typed(self.root, 'status')} names its pid) or give another --dir, and start "
+                "again")  # fmt: skip
 
     def _known_guard(self) -> str:
         """Of a gateway that we did not start: the key is the environment's, or lies beside it."""
@@ -245,11 +251,13 @@ class Launch:
             return
         if not attach.served(self.root):
             self._start_again()
-            if not self._warned:
+            if not self._warned and now - self._answered_at > attach.START_SECONDS:
                 self._warned = True
-                say("NO GATEWAY ANSWERS; training goes on, its logs wait in the spool. Last words:")
-                say(attach.last_lines(self.root / "gateway.log"))
+                words = attach.last_lines(self.root / "gateway.log")
+                last = f" Last words:\n{words}" if words else ""
+                say(f"NO GATEWAY ANSWERS; training goes on, its logs wait in the spool.{last}")
             return
+        self._answered_at = now
         if not self.quiet:
             self._tell_progress()
 
@@ -284,7 +292,7 @@ class Launch:
         try:
             attach.ensure(self.root, self.environ, bind=self.bind)
             if not attach.wait_served(self.root):
-                say("no gateway answers; everything is safe in the spool. Later: rankgate drain")
+                say(f"no gateway answers; everything is safe in the spool. Later: {self._drain}")
                 return
             runs = self._settle()
             for run in runs:
@@ -297,6 +305,7 @@ class Launch:
             config = self.environ.get("RANKGATE_CONFIG", "")
             for line in replay_lines(self.root, settings, config, runs):
                 say(f"the gateway that was here does not have this sink. To deliver: {line}")
+            attach.wait_fresh(self.root)  # else the end we told may not count as to be projected
             self._wait(runs, settings)
             for run in runs:
                 seen = shown(self.root / "runs" / run, time.time_ns(), spool_root(self.environ))
@@ -304,24 +313,31 @@ class Launch:
         except KeyboardInterrupt:
             say("not waiting any longer; nothing is lost, the gateway goes on by itself")
         except Exception as error:  # the command's exit code is its own, whatever goes wrong here
-            say(f"cannot finish: {error}; nothing is lost. Later: rankgate drain")
+            say(f"cannot finish: {error}; nothing is lost. Later: {self._drain}")
 
     def _settle(self) -> list[str]:
-        """The runs of this launch, once all that its processes left in the spool is shipped."""
+        """The runs of this launch, once all that its processes left in the spool is shipped; those
+        that time was too short for, too."""
         spool = spool_root(self.environ)
         patience = NODES_SETTLE_SECONDS if self.nodes.several else SETTLE_SECONDS
         deadline = time.monotonic() + patience
-        attach.wait_fresh(self.root)
+        told = False  #: has ingest told its state since the last of it was shipped?
         while True:
-            orphans = sweep.find(spool, self.root, lambda run: run in attach.journals(self.root))
+            waiting = orphans.find(spool, self.root, lambda run: run in attach.journals(self.root))
+            if waiting:
+                told = False
+            elif not told:
+                told = attach.wait_fresh(self.root, max(0.0, deadline - time.monotonic()))
             time.sleep(0.05)
             behind = [
                 r for r in attach.journals(self.root)
                 if not attach.progress(self.root, r).projected
             ]  # fmt: skip
             afar = self.nodes.several and read_json(self.root / "ingest.json").get("streams")
-            if not (orphans or behind or afar) or time.monotonic() > deadline:
-                return attach.runs_of_launch(self.root, self.launch)
+            settled = told and not (waiting or behind or afar)
+            if settled or time.monotonic() > deadline:
+                stored = attach.runs_of_launch(self.root, self.launch)
+                return sorted({*stored, *attach.spooled_runs(self.root, self.launch, spool)})
 
     def _wait(self, runs: list[str], settings: Config) -> None:
         told = [time.monotonic()]
@@ -335,7 +351,8 @@ class Launch:
 
         seconds = settings.gateway.drain_seconds
         if not attach.wait_done(self.root, lambda: runs, seconds, tell):
-            say("some sinks are not done; the gateway goes on. Look: rankgate status")
+            look = typed(self.root, "status")
+            say(f"some sinks are not done; the gateway goes on. Look: {look}")
 
     def leave(self) -> None:
         """On a node that joined: ship what its dead ranks left, as no gateway sees this spool."""
@@ -345,11 +362,11 @@ class Launch:
         spool, deadline = spool_root(self.environ), time.monotonic() + LEAVE_SECONDS
         try:
             key = key_of(self.environ)
-            while orphans := sweep.find(spool, self.root, lambda run: run == self.run):
-                for orphan in orphans:
+            while left := orphans.find(spool, self.root, lambda run: run == self.run):
+                for orphan in left:
                     sweep.ship(orphan, address, max(0.0, deadline - time.monotonic()), key)
                 if time.monotonic() > deadline:
-                    say(f"{len(orphans)} streams are still in {spool}: the gateway did not take "
+                    say(f"{len(left)} streams are still in {spool}: the gateway did not take "
                         "them in time. Nothing is lost; with the same key, on this node: "
                         f"rankgate sweep --address {address}")  # fmt: skip
                     return
@@ -363,3 +380,7 @@ def _for_the_command(got: signal.struct_siginfo) -> bool:
     """What a terminal sends (Ctrl-C, say) reaches the command by itself; passing it on would
     make it two."""
     return got.si_signo != signal.SIGCHLD and got.si_code != FROM_TERMINAL
+
+
+def _reason(root: Path, error: OSError) -> str:
+    return f"cannot start one for {root}: {error.filename or 'the system'}: {error.strerror}"

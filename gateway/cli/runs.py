@@ -9,8 +9,9 @@ import typer
 
 from ..errors import RankgateError
 from ..view.export import json_text
+from ..view.finding import newest_first
 from ..view.lines import console
-from ..view.queries import RunView, newest_first, run_view
+from ..view.queries import RunView, run_view
 from ..view.terminal import runs_lines
 from .options import DEFAULT_DIR, Dir, Json, spool, write
 

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from ..errors import UnknownRun
 from ..view.export import json_text
-from ..view.finding import check_whole, find_run
+from ..view.finding import check_whole, find_run, reading
 from ..view.lines import console, width_of
-from ..view.queries import shown
+from ..view.shown import shown
 from ..view.terminal import show_lines
 from .options import DEFAULT_DIR, Dir, Json, RunName, spool, write
+from .query import no_such_key
 
 
 def command(
@@ -44,7 +44,8 @@ def command(
     run_dir = find_run(directory, run)
     found = shown(run_dir, time.time_ns(), spool(), keys or ["*"])
     if keys and not found.keys:
-        raise UnknownRun(f"Run {found.view.name} has no key that matches {' '.join(keys)!r}.")
+        with reading(run_dir) as reader:
+            raise no_such_key(reader, found.view.name, keys)
     if as_json:
         write(json_text(found) + "\n")
     else:

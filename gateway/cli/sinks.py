@@ -14,8 +14,10 @@ from ..sinks.store import store_name
 from ..view.export import json_text
 from ..view.finding import find_run, run_dirs
 from ..view.lines import console, width_of, wrapped
-from ..view.queries import SinkRow, run_view
+from ..view.queries import run_view
+from ..view.sinks import SinkRow
 from ..view.terminal import sink_lines
+from ..view.typed import typed
 from ..view.words import clean, plural
 from .options import DEFAULT_DIR, ConfigFile, Dir, Json, spool, write
 from .release import Outcome, chosen, have_retried, have_skipped
@@ -162,7 +164,8 @@ def _quarantine_lines(run_dir: Path, sink: SinkRow) -> list[str]:
     if len(rows) > SHOWN_ITEMS:
         lines.append(f"and {plural(len(rows) - SHOWN_ITEMS, 'item')} more; all with --json")
     if sink.export:
-        lines.append(f"write it anew: rankgate replay {run_dir.name} --to {sink.sink}=offline")
+        words = ("replay", run_dir.name, "--to", f"{sink.sink}=offline")
+        lines.append(f"write it anew: {typed(run_dir.parent.parent, *words)}")
     return lines
 
 

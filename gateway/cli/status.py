@@ -10,9 +10,10 @@ import typer
 
 from ..errors import RankgateError
 from ..view.export import json_text
-from ..view.finding import find_run
+from ..view.finding import find_run, newest_first
 from ..view.lines import console, width_of, wrapped
-from ..view.queries import Gateway, RunView, gateway_of, newest_first, run_view
+from ..view.queries import RunView, run_view
+from ..view.serving import Gateway, gateway_of
 from ..view.terminal import gateway_lines, run_status_lines
 from .options import DEFAULT_DIR, Dir, Json, spool, write
 

@@ -10,14 +10,17 @@ from typing import Annotated
 
 import typer
 
-from rank_client import sweep
+from rank_client import orphans, sweep
+from rank_client.rendezvous import address_trouble
 from rank_client.spool_place import spool_root
 from rank_client.wire.keys import BadKey, key_of
 
-from .. import attach
+from .. import app, attach
 from ..errors import BadConfig, NotServed
+from ..view.typed import typed
 from ..view.words import clean, plural
-from .options import DEFAULT_DIR, Dir, Json
+from .drain import elsewhere, make_dir
+from .options import DEFAULT_DIR, Dir, Json, finite_seconds
 
 
 def command(
@@ -32,7 +35,9 @@ def command(
         bool,
         typer.Option("--accept-gap", help="Give up numbers that cannot be read, ship the rest."),
     ] = False,
-    seconds: Annotated[float, typer.Option(help="Wait at most this long for each.")] = 60.0,
+    seconds: Annotated[
+        float, typer.Option(callback=finite_seconds, help="Wait at most this long for each.")
+    ] = 60.0,
     as_json: Json = False,
 ) -> None:
     """Ship what dead processes left in a spool, under their own streams, to a gateway.
@@ -47,9 +52,20 @@ def command(
       rankgate sweep --accept-gap
       rankgate sweep --spool /mnt/node7/rankgate-1000 --address tcp://head:7777
     """
+    os.umask(app.PRIVATE)
     root = directory.absolute()
+    if address and (trouble := address_trouble(address)):
+        raise BadConfig(f"--address {address}: {trouble}; an address is tcp://HOST:PORT")
+    ours = not address and spool is None
+    others = elsewhere(root) if ours else []
+    if ours:
+        make_dir(root, others)
+    elif not address:
+        app.make_data_dir(root)
     with nullcontext() if address else attach.hold(root):
         there = address or _own(root)
+        words = ("--address", address) if address else ()
+        giving_up = typed(root, "sweep", "--accept-gap", *words)
         orphans = _find(root, spool, address)
         left = 0
         told = []
@@ -58,19 +74,18 @@ def command(
             left += not shipped.whole
             told.append(_told(orphan, shipped))
             if not as_json:
-                typer.echo(clean(_line(orphan, shipped)))
+                typer.echo(clean(_line(orphan, shipped, giving_up)))
                 for text in shipped.damage:
                     typer.echo(f"  {clean(text)}")
     if as_json:
         typer.echo(json.dumps({"shipped": len(orphans) - left, "left": left, "streams": told}))
     elif not orphans:
-        typer.echo("nothing is left to ship")
+        typer.echo("\n".join(["nothing is left to ship", *others]))
     raise typer.Exit(1 if left else 0)
 
 
 def _own(root: Path) -> str:
     """The address of the directory's gateway, which is started if there is none."""
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
     attach.ensure(root, os.environ)
     if not attach.wait_served(root):
         words = attach.last_lines(root / "gateway.log")
@@ -78,21 +93,21 @@ def _own(root: Path) -> str:
     return attach.address(root)
 
 
-def _find(root: Path, spool: Path | None, address: str) -> list[sweep.Orphan]:
+def _find(root: Path, spool: Path | None, address: str) -> list[orphans.Orphan]:
     """Of a spool that was named all orphans; of this node's those that belong there."""
     if spool is not None:
         if not spool.is_dir():
             raise BadConfig(f"--spool {spool} is not a directory")
-        return sweep.find(spool.absolute(), None, lambda _: True, holes=True)
+        return orphans.find(spool.absolute(), None, lambda _: True, holes=True)
     own = spool_root(os.environ)
     if address:
-        found = sweep.find(own, None, lambda _: True, holes=True)
+        found = orphans.find(own, None, lambda _: True, holes=True)
         return [o for o in found if o.hello.get("addr") == address]
     has_run = lambda run: (root / "runs" / run / "journal").is_dir()  # noqa: E731
-    return sweep.find(own, root, has_run, holes=True)
+    return orphans.find(own, root, has_run, holes=True)
 
 
-def _ship(orphan: sweep.Orphan, address: str, seconds: float, accept_gap: bool) -> sweep.Shipped:
+def _ship(orphan: orphans.Orphan, address: str, seconds: float, accept_gap: bool) -> sweep.Shipped:
     try:
         key = key_of(os.environ) if address.startswith("tcp://") else None
     except BadKey as error:
@@ -100,7 +115,7 @@ def _ship(orphan: sweep.Orphan, address: str, seconds: float, accept_gap: bool) 
     return sweep.ship(orphan, address, seconds, key, accept_gap)
 
 
-def _told(orphan: sweep.Orphan, shipped: sweep.Shipped) -> dict[str, object]:
+def _told(orphan: orphans.Orphan, shipped: sweep.Shipped) -> dict[str, object]:
     return {
         "run": orphan.run,
         "stream": orphan.stream.hex(),
@@ -112,14 +127,14 @@ def _told(orphan: sweep.Orphan, shipped: sweep.Shipped) -> dict[str, object]:
     }
 
 
-def _line(orphan: sweep.Orphan, shipped: sweep.Shipped) -> str:
+def _line(orphan: orphans.Orphan, shipped: sweep.Shipped, giving_up: str) -> str:
     rank = orphan.hello.get("rank")
     who = f"run {orphan.run}, rank {rank}" if rank != -1 else f"run {orphan.run}"
     text = f"{who}: {plural(shipped.records, 'record')}, {plural(shipped.files, 'file')}"
     if shipped.unreachable:
         text += (
             f"; {plural(shipped.unreachable, 'record')} cannot be read, and those behind wait: "
-            "rankgate sweep --accept-gap gives them up"
+            f"{giving_up} gives them up"
         )
     elif not shipped.whole:
         text += "; not all of it: run it again"

@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..series.reader import Reader, StreamRow
+from ..series.reader import Reader
+from ..series.tables import StreamRow
 from ..view.finding import find_run, reading
 from ..view.lines import console, rank_style
 from ..view.words import clean, clock

@@ -9,51 +9,32 @@ Work on files is handed to the shell as `Job`s, which tells when they are `done`
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from rank_client.wire import frames
-from rank_client.wire.disk import Disk
 from rank_client.wire.frames import BadFrame, Code, Type
 from rank_client.wire.records import Kind
 
-from ..journal.writer import Journal, JournalDamaged, Mark
+from .answers import Answers, Reply
 from .hello import SPEAKS, Rejected, check_hello, check_same, had_more, refusals
-from .media import BadBlob, Blob, BlobLost, Job, Verb
+from .media import BadBlob, BlobLost, Job, Verb
+from .opening import RETRY_SECONDS, Opening, Runs
+from .room import Room
 from .streams import ABOUT, PROGRESS, Arriving, Stream, told
 from .strikes import STRIKE_PAUSE_SECONDS, STRIKES, Strikes
 
-CREDIT_FLOOR_BYTES = 8 << 10
-CREDIT_TOP_BYTES = 4 << 20
 QUEUED_TOP_BYTES = 32 << 20  #: of chunks of files that wait for the disk, whatever peers send
-PENDING_TOP_BYTES = 1 << 20  #: of entries that wait for room, when the disk is full
-UNHEARD_NS = 6 * 10**9  #: a ping missed: is it connected at all?
 SILENT_NS = 15 * 10**9  #: three pings missed
 GONE_NS = 75 * 10**9  #: 60 s of ticks after that the rules call it lost; then it is forgotten here
-MAX_STREAMS = 1 << 16  #: of a run: the table that opens a journal segment holds no more
-RETRY_SECONDS = 5  #: after a rejection that may pass
 FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-
-Reply = tuple[bytes, bytes]  #: (peer, frame)
-
-
-class Runs(Protocol):
-    """Gives the journal of a run, opening or making it."""
-
-    @property
-    def disk(self) -> Disk: ...
-    def journal(self, run: str) -> Journal: ...
-    def directory(self, run: str) -> Path: ...
 
 
 class Peers:
     """All streams of all runs. `counts` tells of what was dropped and why.
 
-    Memory: a stream may have `credit_bytes` unacknowledged, and a client has at most twice that on
-    the way; so all together stay within `budget_bytes`, or 16 KiB a stream where those are more
-    than 8,192 (one record or chunk above its credit, at most 256 KiB, is on the way alone). Peers
-    that ignore credit are bounded by the shell's socket (RCVHWM) and by QUEUED_TOP_BYTES.
+    Memory is bounded by credit (`Room`). Peers that ignore it are bounded by the shell's socket
+    (RCVHWM) and by QUEUED_TOP_BYTES.
     """
 
     def __init__(
@@ -67,61 +48,19 @@ class Peers:
         """`work` takes a job to another thread; without it files are worked on at once."""
         self.session = session
         self.streams: dict[bytes, Stream] = {}
+        self.room = Room(self.streams, budget_bytes)
+        self.opening = Opening(self.streams, runs, self.room)
         self.newest_blob: dict[str, int] = {}  #: run → the entry that told of its newest file
         self.counts: dict[str, int] = {}
         self.duplicates: dict[str, int] = {}  #: run → records that were already stored
-        self.is_near: Callable[[bytes], bool] = lambda _: False  #: a peer of this node and user
-        self.crowded = False  #: no descriptor is left for another run or file
-        self._full = False
-        self._over_quota: frozenset[str] = frozenset()
         self._runs = runs
-        self._budget_bytes = budget_bytes
-        self._stop = stop
+        self._answers = Answers(session, self.room, stop)
         self._work = work
         self._queued_bytes = 0
         self._dirty: dict[bytes, Stream] = {}
-        self._tell: dict[bytes, Stream] = {}  # whose credit has changed
         self._finished: list[Stream] = []
         self._changed: list[Stream] = []  # of which no tick has told yet
         self.strikes = Strikes()
-
-    # --- room ----------------------------------------------------------------
-
-    @property
-    def full(self) -> bool:
-        """The disk takes no more: credit 0. Everybody is told when that begins and ends."""
-        return self._full
-
-    @full.setter
-    def full(self, full: bool) -> None:
-        if full != self._full:
-            self._full = full
-            self._tell.update(self.streams)
-
-    @property
-    def over_quota(self) -> frozenset[str]:
-        """Runs that have used up their share of the disk: credit 0 for their streams."""
-        return self._over_quota
-
-    @over_quota.setter
-    def over_quota(self, runs: frozenset[str]) -> None:
-        changed = runs ^ self._over_quota
-        self._over_quota = runs
-        if changed:
-            self._tell.update({i: s for i, s in self.streams.items() if s.run in changed})
-
-    @property
-    def credit_bytes(self) -> int:
-        """What a stream may have unacknowledged."""
-        if self._full:
-            return 0
-        share = self._budget_bytes // (2 * max(1, len(self.streams)))
-        return max(CREDIT_FLOOR_BYTES, min(CREDIT_TOP_BYTES, share))
-
-    def _no_room(self, stream: Stream) -> str:
-        if self._full:
-            return "disk"
-        return "quota" if stream.run in self._over_quota else ""
 
     # --- after a restart -----------------------------------------------------
 
@@ -163,8 +102,7 @@ class Peers:
         self._heard(stream, now_ns, peer)
         if type_ == Type.PING:
             stream.progress = told(message.body, PROGRESS)
-            body = {**self._ack_body(stream), "t": message.body.get("t"), "now": now_ns}
-            out.append((peer, self._frame(Type.PONG, stream, body)))
+            out.append(self._answers.pong(now_ns, stream, message.body.get("t")))
         elif type_ == Type.BYE:
             self._on_bye(now_ns, peer, stream, message.body, out)
         else:
@@ -206,10 +144,9 @@ class Peers:
             if head.first <= high:
                 dropped = min(head.n, high - head.first + 1)
                 self.duplicates[stream.run] = self.duplicates.get(stream.run, 0) + dropped
-            body = {**self._ack_body(stream), "back": high + 1}
-            out.append((peer, self._frame(Type.ACK, stream, body)))
+            out.append(self._answers.back(stream))
             return
-        if self._full or stream.run in self._over_quota:
+        if self.room.lacking(stream.run):
             stream.dropped = True
             return
         if stream.file:
@@ -243,7 +180,8 @@ class Peers:
             stream = self.streams.get(id_)
             new = stream is None
             if stream is None:
-                stream = self._new_stream(now_ns, peer, id_, body)
+                stream = self.opening.new_stream(now_ns, peer, id_, body)
+                self.streams[id_] = stream
             check_same(stream, body)
         except Rejected as error:
             self._reject(peer, id_, error.code, str(error), out, error.retry_seconds, nonce)
@@ -274,67 +212,13 @@ class Peers:
 
     def _disk_code(self, error: Exception | None) -> Code:
         if isinstance(error, OSError) and error.errno in FULL_ERRNOS:
-            self.full = True
+            self.room.full = True
             return Code.FULL
         return Code.STORAGE
 
     def _welcome(self, now_ns: int, stream: Stream, out: list[Reply]) -> None:
         self._dirty[stream.id] = stream
-        body = {
-            "v": frames.MAJOR,
-            "nonce": stream.nonce,
-            "journal": stream.journal.uuid,
-            "durable": min(stream.durable, stream.high_water),
-            "now": now_ns,
-            **self._credit_body(stream),
-        }
-        out.append((stream.peer, self._frame(Type.WELCOME, stream, body)))
-
-    def _new_stream(self, now_ns: int, peer: bytes, id_: bytes, body: dict[str, Any]) -> Stream:
-        """Raises Rejected, OSError."""
-        run, kind = body["run"], body["kind"]
-        blob = self._announced(peer, body) if kind == "blob" else None
-        if self.crowded and (blob or all(s.run != run for s in self.streams.values())):
-            text = "the gateway has no descriptor left for another run or file"
-            raise Rejected(Code.CROWDED, text, RETRY_SECONDS)
-        try:
-            journal = self._runs.journal(run)
-        except JournalDamaged as error:
-            raise Rejected(Code.JOURNAL, str(error)) from None
-        stream = Stream(id_, run, kind, journal, peer, now_ns, now_ns)
-        if blob:
-            stream.file = Arriving(blob)
-        else:
-            if id_ not in journal.streams:
-                self._open(now_ns, journal, id_, body)
-            stream.durable = journal.streams[id_].high_water
-        self.streams[id_] = stream
-        return stream
-
-    def _announced(self, peer: bytes, body: dict[str, Any]) -> Blob:
-        run, sha256 = body["run"], body.get("sha256")
-        directory = self._runs.directory(run)
-        try:
-            blob = Blob.announced(self._runs.disk, run, directory, sha256, body.get("size"))
-        except BadBlob as error:
-            raise Rejected(Code.HELLO, str(error)) from None
-        for other in self.streams.values():  # two writers of one part file would spoil it
-            if other.file and other.run == run and other.file.blob.sha256 == sha256:
-                raise Rejected(Code.STREAM, "another stream is bringing this file", RETRY_SECONDS)
-        path = body.get("path")
-        if isinstance(path, str) and self.is_near(peer) and not self._full:
-            blob.near = path if run not in self._over_quota else ""
-        return blob
-
-    def _open(self, now_ns: int, journal: Journal, id_: bytes, body: dict[str, Any]) -> None:
-        if len(journal.streams) >= MAX_STREAMS:
-            text = f"this run has had {MAX_STREAMS:,} processes, and a run can have no more"
-            raise Rejected(Code.STREAMS, text)
-        if self._full and journal.pending_bytes > PENDING_TOP_BYTES:
-            raise Rejected(Code.FULL, "the gateway's disk is full", RETRY_SECONDS)
-        journal.streams[id_] = Mark()
-        hello = {name: value for name, value in body.items() if name != "nonce"}
-        journal.append_map(Kind.OPEN, now_ns, {"stream": id_, "hello": hello})
+        out.append(self._answers.welcome(now_ns, stream))
 
     def _gap(self, now_ns: int, stream: Stream, body: dict[str, Any]) -> bool:
         """Numbers that its own process no longer has will never come: say so, and go on. Who
@@ -408,7 +292,7 @@ class Peers:
         if stream is None or file is None or file.blob is not job.blob:
             return  # it was forgotten in the meantime
         if isinstance(job.error, OSError) and job.error.errno in FULL_ERRNOS:
-            self.full = True
+            self.room.full = True
         if job.verb == "write":
             self._written(now_ns, stream, file, job, out)
         elif job.error is not None:
@@ -472,7 +356,7 @@ class Peers:
         if self.streams.get(stream.id) is stream:
             del self.streams[stream.id]
             self._dirty.pop(stream.id, None)
-            self._tell.pop(stream.id, None)
+            self.room.changed.pop(stream.id, None)
         if stream.file:
             job = Job(stream.id, stream.file.blob, "close")
             if self._work is not None:
@@ -486,8 +370,8 @@ class Peers:
         """The acknowledgements due now that every journal is on disk, but for those of the runs
         that `failed` for want of room: theirs wait."""
         out: list[Reply] = []
-        tell, due = self._tell, self._dirty
-        self._tell, self._dirty = {}, {}
+        tell, due = self.room.changed, self._dirty
+        self.room.changed, self._dirty = {}, {}
         for stream in {**tell, **due}.values():
             if stream.run in failed:
                 if stream.id in due:
@@ -497,8 +381,7 @@ class Peers:
             else:
                 stream.durable = stream.stored
             if stream.bye_peer is not None and stream.run not in failed:
-                body = {"durable": stream.durable}
-                out.append((stream.bye_peer, self._frame(Type.BYE_ACK, stream, body)))
+                out.append(self._answers.bye_ack(stream, stream.bye_peer))
                 stream.bye_peer = None
                 stream.ended = True
                 self._finished.append(stream)
@@ -506,7 +389,7 @@ class Peers:
                 self._welcome(stream.welcome_ns, stream, out)
                 stream.welcome_ns = 0
             elif stream.peer:
-                out.append((stream.peer, self._ack(stream)))
+                out.append(self._answers.ack(stream))
         return out
 
     def forget(self, run: str) -> None:
@@ -539,58 +422,10 @@ class Peers:
         self.strikes.forget(now_ns)
         return out
 
-    def unheard(self, now_ns: int) -> Iterator[tuple[Stream, bytes]]:
-        """Streams that should have been heard, each with a frame that it ignores, as it is of no
-        session: the shell sends that, and notes on the stream whether it can."""
-        for stream in self.streams.values():
-            if stream.file or stream.ended or not stream.peer:
-                continue
-            if now_ns - stream.heard_ns > UNHEARD_NS:
-                yield stream, frames.control(Type.ACK, 0, stream.id, {})
-            else:
-                stream.link = "up"
-
-    def superseded(self, run: str) -> dict[bytes, Stream]:
-        """Older stream → the newer one, where two processes that live say they are one rank.
-
-        Which is older is told by the journal, which has their openings in order.
-        """
-        ranks: dict[Any, list[Stream]] = {}
-        for s in self.streams.values():
-            if s.run == run and s.kind == "live" and not (s.ended or s.silent):
-                ranks.setdefault(s.about["rank"], []).append(s)
-        out: dict[bytes, Stream] = {}
-        for rank, streams in ranks.items():
-            if rank is not None and len(streams) > 1:
-                order = {id_: n for n, id_ in enumerate(streams[0].journal.streams)}
-                streams.sort(key=lambda s: order[s.id])
-                out.update({s.id: streams[-1] for s in streams[:-1]})
-        return out
-
-    # --- frames out ----------------------------------------------------------
-
-    def _credit_body(self, stream: Stream) -> dict[str, Any]:
-        full = self._no_room(stream)
-        return {"credit": 0, "full": full} if full else {"credit": self.credit_bytes}
-
-    def _ack_body(self, stream: Stream) -> dict[str, Any]:
-        body = {"durable": stream.durable, **self._credit_body(stream)}
-        if not stream.file and self._stop(stream.run):
-            body["stop"] = True
-        return body
-
-    def _ack(self, stream: Stream) -> bytes:
-        body = self._ack_body(stream)
-        if stream.dropped and body["credit"]:
-            body["back"] = stream.high_water + 1
-            stream.dropped = False
-        return self._frame(Type.ACK, stream, body)
-
-    def _frame(self, type_: Type, stream: Stream, body: dict[str, Any]) -> bytes:
-        return frames.control(type_, self.session, stream.id, body)
+    # --- refusing ------------------------------------------------------------
 
     def _unknown(self, peer: bytes, stream: bytes, out: list[Reply]) -> None:
-        out.append((peer, frames.control(Type.UNKNOWN, self.session, stream, {})))
+        out.append(self._answers.unknown(peer, stream))
 
     def _reject(
         self,
@@ -602,13 +437,5 @@ class Peers:
         retry_seconds: int = 0,
         nonce: Any = None,
     ) -> None:
-        """For good, or with `retry_seconds` until then."""
         self.count(f"rejected: {code.value}")
-        body: dict[str, Any] = {"code": code.value, "text": text, "fatal": not retry_seconds}
-        if retry_seconds:
-            body["retry_seconds"] = retry_seconds
-        if code is Code.VERSION:
-            body["v"] = [frames.MAJOR, frames.MAJOR]
-        if nonce is not None:
-            body["nonce"] = nonce
-        out.append((peer, frames.control(Type.REJECT, self.session, stream, body)))
+        out.append(self._answers.reject(peer, stream, code, text, retry_seconds, nonce))

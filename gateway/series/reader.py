@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,128 +10,9 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
-from ..rules.rows import TAIL_HEAD_COLUMNS
+from .columns import Columns
 from .db import fetch, open_reader
-
-Reach = dict[int, tuple[int, int]]  #: stream → its first and last number in a segment
-
-DTYPES = {"f8": np.dtype("<f8"), "i8": np.dtype("<i8"), "bool": np.dtype("<i8")}
-
-
-@dataclass(frozen=True, slots=True)
-class About:
-    """The run as a whole, as of journal entry `cursor`."""
-
-    build: bytes
-    journal: bytes
-    cursor: int
-    state: str  #: running | completed | failed | lost
-    reason: str
-    now_ns: int
-    duplicates: int
-    counters: dict[str, int]
-    generations: list[int]  #: ids, oldest first
-    launchers: dict[str, int]
-    damage: tuple[str, ...] = ()  #: stretches of the journal that could not be read
-
-
-@dataclass(frozen=True, slots=True)
-class StreamRow:
-    """One life of one process; see schema.sql."""
-
-    index: int
-    id: bytes
-    hello: dict[str, Any]
-    generation: int
-    rank: int
-    kind: str
-    last_seq: int
-    stored: int
-    projected: int
-    control: int
-    quarantined: int
-    gaps: int
-    refused: int
-    status: str
-    text: str
-    bye: bool
-    ended_ns: int
-    quiet_ns: int
-    last_step: int
-    last_wall_ns: int
-    bad: int
-
-    @property
-    def node(self) -> str:
-        return str(self.hello.get("node", ""))
-
-    @property
-    def local_rank(self) -> int:
-        value = self.hello.get("local_rank")
-        return value if isinstance(value, int) else 0
-
-    @property
-    def ended(self) -> bool:
-        return bool(self.status or self.bye)
-
-
-@dataclass(frozen=True, slots=True)
-class Points:
-    """Points of one key: arrays of one length. `value` is float64, int64, bool, or object where
-    the key changed its type."""
-
-    stream: npt.NDArray[np.int64]
-    seq: npt.NDArray[np.int64]
-    step: npt.NDArray[np.int64]
-    wall_ns: npt.NDArray[np.int64]
-    value: npt.NDArray[Any]
-
-    def __len__(self) -> int:
-        return len(self.seq)
-
-    def pick(self, index: npt.NDArray[Any]) -> Points:
-        """A selection or reordering of all columns."""
-        arrays = (self.stream, self.seq, self.step, self.wall_ns, self.value)
-        return Points(*(a[index] for a in arrays))
-
-
-@dataclass(frozen=True, slots=True)
-class FeedEntry:
-    id: int
-    entry: int
-    kind: str
-    keyset: int
-    stream: int
-    first: int
-    last: int
-    rule: str
-
-
-@dataclass(frozen=True, slots=True)
-class MediaRow:
-    stream: int
-    seq: int
-    wall_ns: int
-    step: int | None
-    what: str
-    key: str
-    name: str
-    meta: dict[str, Any]
-    sha256: str | None
-    size_bytes: int | None
-    lost: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Rows of one key set, in journal order within a stream: (n,) heads and (n, keys) of raw
-    8-byte values."""
-
-    stream: npt.NDArray[np.int64]
-    seq: npt.NDArray[np.int64]
-    step: npt.NDArray[np.int64]
-    wall_ns: npt.NDArray[np.int64]
-    values: npt.NDArray[np.uint64]
+from .tables import About, Block, FeedEntry, MediaRow, Points, StreamRow
 
 
 class Reader:
@@ -145,7 +25,7 @@ class Reader:
         self.run_dir = run_dir
         self._db = open_reader((built_in or run_dir) / "series.db")
         self._inode = self._inode_now()
-        self._reaches: dict[tuple[int, int, int], Reach] = {}
+        self._columns = Columns(self._db)
 
     def close(self) -> None:
         self._db.close()
@@ -263,6 +143,11 @@ class Reader:
         )
         return [_media_row(row) for row in rows]
 
+    def media_early(self) -> set[str]:
+        """sha256 of the files that came before a record that names them."""
+        packed = fetch(self._db, "SELECT value FROM about WHERE name = 'early_blobs'")
+        return {sha256 for [early] in packed for *_, sha256, _ in msgpack.unpackb(early)}
+
     def media_passed(self) -> set[tuple[int, int]]:
         """(stream, seq) of the files that the rules let pass to sinks."""
         return set(fetch(self._db, "SELECT stream, seq FROM media WHERE rule != ''"))
@@ -275,27 +160,25 @@ class Reader:
         """(journal entry, stream, first, n, reason)."""
         return fetch(self._db, "SELECT entry, stream, first, n, reason FROM quarantine")
 
-    # --- points --------------------------------------------------------------
+    # --- rows ----------------------------------------------------------------
 
     def points(self, key: str) -> Points:
-        """All points of a key by its exact name, every rank and attempt, in no special order."""
-        parts: list[Points] = []
-        with self._db:  # one snapshot: a seal in between would move rows from tail to segment
-            for id_, _, type_ in (k for k in self.keys() if k[1] == key):
-                parts += self._segment_points(id_, type_)
-                parts += self._tail_points(id_, type_)
-        if not parts:
-            none = np.empty(0, np.int64)
-            return Points(none, none, none, none, np.empty(0, np.float64))
-        kinds = {p.value.dtype for p in parts}
-        values = [p.value if len(kinds) == 1 else p.value.astype(object) for p in parts]
-        return Points(
-            np.concatenate([p.stream for p in parts]),
-            np.concatenate([p.seq for p in parts]),
-            np.concatenate([p.step for p in parts]),
-            np.concatenate([p.wall_ns for p in parts]),
-            np.concatenate(values),
-        )
+        """All points of a key, of every rank and attempt; see `Columns.points`."""
+        return self._columns.points(key)
+
+    def heads(
+        self, keyset: int
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(stream, seq, step) of every row of a key set; see `Columns.heads`."""
+        return self._columns.heads(keyset)
+
+    def recent_rows(self, streams: Iterable[int], enough: int) -> npt.NDArray[np.int64]:
+        """(n, 4) of stream, seq, step, wall_ns; see `Columns.recent_rows`."""
+        return self._columns.recent_rows(streams, enough)
+
+    def rows(self, keyset: int, spans: Iterable[tuple[int, int, int]]) -> Block:
+        """The rows of these (stream, first seq, last seq), sorted by stream and seq."""
+        return self._columns.rows(keyset, spans)
 
     def keysets(self) -> dict[int, frozenset[str]]:
         """The names of the keys in every key set."""
@@ -303,112 +186,11 @@ class Reader:
         rows = fetch(self._db, "SELECT id, keys FROM keyset ORDER BY id")
         return {i: frozenset(names[int(k)] for k in np.frombuffer(p, "<u4")) for i, p in rows}
 
-    def heads(
-        self, keyset: int
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(stream, seq, step) of every row of a key set; each stream's rows in its order."""
-        with self._db:
-            rows = fetch(
-                self._db,
-                "SELECT streams, offsets, n, seq, step FROM segment WHERE keyset = ?"
-                " ORDER BY ordinal",
-                (keyset,),
-            )
-            [(packed,)] = fetch(self._db, "SELECT keys FROM keyset WHERE id = ?", (keyset,))
-            tail = self._tail(keyset, len(packed) // 4)[:, :3].astype(np.int64)
-        parts = [
-            (_expand(streams, offsets, n), np.frombuffer(seq, "<i8"), np.frombuffer(step, "<i8"))
-            for streams, offsets, n, seq, step in rows
-        ]
-        parts.append((tail[:, 0], tail[:, 1], tail[:, 2]))
-        stream, seq, step = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return stream, seq, step
-
-    def recent_rows(self, streams: Iterable[int], enough: int) -> npt.NDArray[np.int64]:
-        """(n, 4) of stream, seq, step, wall_ns, by stream and seq: the newest rows of each of these
-        streams, `enough` or all that there are, with none between them left out."""
-        wanted = np.array(sorted(streams), np.int64)
-        since = np.zeros(len(wanted), np.int64)
-        parts = [np.empty((0, TAIL_HEAD_COLUMNS), np.int64)]
-        with self._db:
-            for keyset, packed in fetch(self._db, "SELECT id, keys FROM keyset ORDER BY id"):
-                part = self._newest_rows(keyset, len(packed) // 4, wanted, enough)
-                part = part[np.lexsort((part[:, 1], part[:, 0]))]
-                stream, first, n = np.unique(part[:, 0], return_index=True, return_counts=True)
-                cut = n >= enough  # of this key set there may be older ones
-                place = np.searchsorted(wanted, stream[cut])
-                since[place] = np.maximum(since[place], part[first[cut], 1])
-                parts.append(part)
-        rows = np.concatenate(parts)
-        rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
-        return rows[rows[:, 1] >= since[np.searchsorted(wanted, rows[:, 0])]]
-
-    def _newest_rows(
-        self, keyset: int, keys: int, wanted: npt.NDArray[np.int64], enough: int
-    ) -> npt.NDArray[np.int64]:
-        """Heads of one key set: the tail's, and those of newer segments while a stream of
-        `wanted` has not enough."""
-        tail = self._tail(keyset, keys)[:, :TAIL_HEAD_COLUMNS].astype(np.int64)
-        rows = tail[np.isin(tail[:, 0], wanted)]
-        for ordinal, streams, offsets, n in fetch(
-            self._db,
-            "SELECT ordinal, streams, offsets, n FROM segment WHERE keyset = ?"
-            " ORDER BY ordinal DESC",
-            (keyset,),
-        ):
-            have = np.bincount(np.searchsorted(wanted, rows[:, 0]), minlength=len(wanted))
-            lacking = wanted[have < enough]
-            if not len(lacking):
-                break
-            if not np.isin(lacking, np.frombuffer(streams, "<u4")).any():
-                continue
-            [columns] = fetch(
-                self._db,
-                "SELECT seq, step, wall FROM segment WHERE keyset = ? AND ordinal = ?",
-                (keyset, ordinal),
-            )
-            heads = [_expand(streams, offsets, n), *(np.frombuffer(c, "<i8") for c in columns)]
-            found = np.stack(heads, axis=1)
-            rows = np.concatenate([rows, found[np.isin(found[:, 0], lacking)]])
-        return rows
-
-    def _segment_points(self, key: int, type_: str) -> list[Points]:
-        rows = fetch(
-            self._db,
-            "SELECT s.streams, s.offsets, s.n, s.seq, s.step, s.wall, c.vals FROM col c"
-            " JOIN segment s ON s.keyset = c.keyset AND s.ordinal = c.ordinal WHERE c.key = ?"
-            " ORDER BY c.keyset, c.ordinal",
-            (key,),
-        )
-        return [
-            Points(
-                _expand(streams, offsets, n),
-                np.frombuffer(seq, "<i8"),
-                np.frombuffer(step, "<i8"),
-                np.frombuffer(wall, "<i8"),
-                _typed(np.frombuffer(vals, "<u8"), type_),
-            )
-            for streams, offsets, n, seq, step, wall, vals in rows
-        ]
-
-    def _tail_points(self, key: int, type_: str) -> list[Points]:
-        out = []
-        for keyset, packed in fetch(self._db, "SELECT id, keys FROM keyset ORDER BY id"):
-            keys = np.frombuffer(packed, "<u4")
-            place = np.flatnonzero(keys == key)
-            if len(place) == 0:
-                continue
-            rows = self._tail(keyset, len(keys))
-            if len(rows):
-                values = _typed(np.ascontiguousarray(rows[:, TAIL_HEAD_COLUMNS + place[0]]), type_)
-                heads = rows[:, :TAIL_HEAD_COLUMNS].astype(np.int64)
-                out.append(Points(heads[:, 0], heads[:, 1], heads[:, 2], heads[:, 3], values))
-        return out
-
-    def _tail(self, keyset: int, keys: int) -> npt.NDArray[np.uint64]:
-        bodies = fetch(self._db, "SELECT body FROM tail WHERE keyset = ? ORDER BY id", (keyset,))
-        joined = b"".join(b for (b,) in bodies)
-        return np.frombuffer(joined, "<u8").reshape(-1, TAIL_HEAD_COLUMNS + keys)
+    def keyset(self, id_: int) -> list[tuple[str, str]]:
+        """The (name, type) of a key set's columns, in order."""
+        [(packed,)] = fetch(self._db, "SELECT keys FROM keyset WHERE id = ?", (id_,))
+        names = {id_: (name, type_) for id_, name, type_ in self.keys()}
+        return [names[int(k)] for k in np.frombuffer(packed, "<u4")]
 
     # --- the feed ------------------------------------------------------------
 
@@ -435,91 +217,6 @@ class Reader:
     def feed_end(self) -> int:
         [(last,)] = fetch(self._db, "SELECT coalesce(max(id), 0) FROM feed")
         return int(last)
-
-    def keyset(self, id_: int) -> list[tuple[str, str]]:
-        """The (name, type) of a key set's columns, in order."""
-        [(packed,)] = fetch(self._db, "SELECT keys FROM keyset WHERE id = ?", (id_,))
-        names = {id_: (name, type_) for id_, name, type_ in self.keys()}
-        return [names[int(k)] for k in np.frombuffer(packed, "<u4")]
-
-    def rows(self, keyset: int, spans: Iterable[tuple[int, int, int]]) -> Block:
-        """The rows of these (stream, first seq, last seq), sorted by stream and seq."""
-        with self._db:
-            rows = self._find_rows(keyset, sorted(spans))
-        rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
-        heads = rows[:, :TAIL_HEAD_COLUMNS].astype(np.int64)
-        values = rows[:, TAIL_HEAD_COLUMNS:]
-        return Block(heads[:, 0], heads[:, 1], heads[:, 2], heads[:, 3], values)
-
-    def _find_rows(self, keyset: int, wanted: list[tuple[int, int, int]]) -> npt.NDArray[np.uint64]:
-        [(packed,)] = fetch(self._db, "SELECT keys FROM keyset WHERE id = ?", (keyset,))
-        keys = np.frombuffer(packed, "<u4")
-        blocks = [self._chosen(self._tail(keyset, len(keys)), wanted)]
-        found = len(blocks[0])
-        expected = sum(last - first + 1 for _, first, last in wanted)
-        if found < expected:
-            # Newest first: what a sink wants is near the end, unless it replays.
-            for ordinal, n in fetch(
-                self._db,
-                "SELECT ordinal, n FROM segment WHERE keyset = ? ORDER BY ordinal DESC",
-                (keyset,),
-            ):
-                if not _meet(self._reach(keyset, ordinal, n), wanted):
-                    continue
-                block = self._chosen(self._segment_rows(keyset, ordinal, keys), wanted)
-                blocks.insert(0, block)
-                found += len(block)
-                if found >= expected:
-                    break
-        return np.concatenate(blocks)
-
-    def _reach(self, keyset: int, ordinal: int, n: int) -> Reach:
-        """What a segment holds, remembered: a replay asks for one stretch after the other."""
-        found = self._reaches.get((keyset, ordinal, n))
-        if found is None:
-            [(streams, offsets, seq)] = fetch(
-                self._db,
-                "SELECT streams, offsets, seq FROM segment WHERE keyset = ? AND ordinal = ?",
-                (keyset, ordinal),
-            )
-            starts, numbers = np.frombuffer(offsets, "<u4"), np.frombuffer(seq, "<i8")
-            lasts = np.append(starts[1:], n).astype(np.int64) - 1
-            spans = zip(numbers[starts].tolist(), numbers[lasts].tolist(), strict=True)
-            found = dict(zip(np.frombuffer(streams, "<u4").tolist(), spans, strict=True))
-            self._reaches[keyset, ordinal, n] = found
-        return found
-
-    @staticmethod
-    def _chosen(
-        rows: npt.NDArray[np.uint64], spans: list[tuple[int, int, int]]
-    ) -> npt.NDArray[np.uint64]:
-        keep = np.zeros(len(rows), bool)
-        stream, seq = rows[:, 0].astype(np.int64), rows[:, 1].astype(np.int64)
-        for index, first, last in spans:
-            keep |= (stream == index) & (seq >= first) & (seq <= last)
-        return rows[keep]
-
-    def _segment_rows(
-        self, keyset: int, ordinal: int, keys: npt.NDArray[Any]
-    ) -> npt.NDArray[np.uint64]:
-        [(streams, offsets, n, *heads)] = fetch(
-            self._db,
-            "SELECT streams, offsets, n, seq, step, wall FROM segment"
-            " WHERE keyset = ? AND ordinal = ?",
-            (keyset, ordinal),
-        )
-        rows = np.empty((TAIL_HEAD_COLUMNS + len(keys), n), np.uint64)
-        rows[0] = _expand(streams, offsets, n)
-        for i, column in enumerate(heads):
-            rows[1 + i] = np.frombuffer(column, "<u8")
-        for i, key in enumerate(keys):
-            [(vals,)] = fetch(
-                self._db,
-                "SELECT vals FROM col WHERE key = ? AND keyset = ? AND ordinal = ?",
-                (int(key), keyset, ordinal),
-            )
-            rows[TAIL_HEAD_COLUMNS + i] = np.frombuffer(vals, "<u8")
-        return rows.T
 
     def text_at(self, stream: int, seq: int) -> tuple[int, int | None, str, str]:
         """(wall_ns, step, level, text)."""
@@ -564,7 +261,7 @@ class Reader:
             if name != "build":
                 yield f"about {name}", value
         for keyset, keys in fetch(db, "SELECT id, keys FROM keyset ORDER BY id"):
-            yield f"tail {keyset}", self._tail(keyset, len(keys) // 4).tobytes()
+            yield f"tail {keyset}", self._columns.tail(keyset, len(keys) // 4).tobytes()
         for table, order in (
             ("stream", "id"), ("key", "id"), ("keyset", "id"), ("layout", "stream, schema"),
             ("segment", "keyset, ordinal"), ("text", "stream, seq"), ("map", "kind, stream, seq"),
@@ -575,27 +272,7 @@ class Reader:
                 yield table, row
 
 
-def _meet(reach: Reach, wanted: list[tuple[int, int, int]]) -> bool:
-    nothing = (1, 0)
-    return any(
-        first <= reach.get(stream, nothing)[1] and last >= reach.get(stream, nothing)[0]
-        for stream, first, last in wanted
-    )
-
-
 def _media_row(row: tuple[Any, ...]) -> MediaRow:
     values = list(row)
     values[7] = msgpack.unpackb(row[7])
     return MediaRow(*values)
-
-
-def _expand(streams: bytes, offsets: bytes, n: int) -> npt.NDArray[np.int64]:
-    starts = np.frombuffer(offsets, "<u4")
-    ends = np.append(starts, n).astype(np.int64)
-    counts = ends[1:] - ends[:-1]
-    return np.repeat(np.frombuffer(streams, "<u4").astype(np.int64), counts)
-
-
-def _typed(raw: npt.NDArray[np.uint64], type_: str) -> npt.NDArray[Any]:
-    values = raw.view(DTYPES[type_])
-    return values.astype(bool) if type_ == "bool" else values

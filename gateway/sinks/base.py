@@ -22,6 +22,8 @@ import numpy.typing as npt
 
 Value = float | int | bool | str | None
 
+MAX_SECONDS = 7 * 86_400  #: that a setting may say
+
 
 class SinkError(Exception):
     """The base of what a sink raises on purpose."""

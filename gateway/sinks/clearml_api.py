@@ -19,15 +19,21 @@ from urllib.parse import quote
 import requests
 
 from gateway.sinks.base import Off, Refused, SinkError, Unavailable
+from gateway.sinks.clearml_events import public
 from gateway.sinks.retry import asked_seconds
 
 API_VERSION = "2.23"  #: without one the server takes the request for version 1.0
 TIMEOUT_SECONDS = (10.0, 60.0)  #: to connect; between two bytes
 INSTALL = "pip install 'rankgate[clearml]'"
 CREDENTIALS = (
-    "no ClearML credentials: set CLEARML_API_HOST, CLEARML_API_ACCESS_KEY and "
+    "no ClearML credentials were found: set CLEARML_API_HOST, CLEARML_API_ACCESS_KEY and "
     "CLEARML_API_SECRET_KEY, or write ~/clearml.conf with `clearml-init`"
 )
+#: what of the session is used or replaced that the package's documentation does not promise
+USED = (
+    "_CLIENT_HEADER", "_WORKER_HEADER", "_send_request", "add_auth_headers",
+    "get_files_server_host", "refresh_token", "send_request",
+)  # fmt: skip
 #: set before the package is imported, unless the user has; nothing of it holds a secret
 QUIET = {
     "CLEARML_LOG_LEVEL": "ERROR",
@@ -42,9 +48,9 @@ class Connection:
 
     def __init__(self) -> None:
         self._trouble: list[SinkError] = []  # of the login: the vendor wraps what is raised there
-        session_class, self._multipart, missing = _import_package()
+        session_class, pool, self._multipart, missing = _import_package()
         try:
-            self._session = _once_only(session_class, self._trouble)()
+            self._session = _once_only(session_class, pool, self._trouble)()
         except missing:
             raise Off(CREDENTIALS) from None
         except Exception as error:
@@ -65,7 +71,8 @@ class Connection:
             raise Unavailable(f"ClearML confirmed {added} of {len(lines)} events")
 
     def upload(self, source: Path, path: str) -> str:
-        """Put a file on the file server, replacing what is there; its address."""
+        """Put a file on the file server, replacing what is there; its address, without the user
+        and password by which only we get there."""
         host = self._files_host()
         kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
         try:
@@ -86,7 +93,7 @@ class Connection:
             raise self._explain(error) from None
         if response.status_code != 200:
             raise _problem(response, "file upload")
-        return f"{host}/{quote(path)}"
+        return f"{public(host)}/{quote(path)}"
 
     def _files_host(self) -> str:
         try:
@@ -126,21 +133,28 @@ class Connection:
         return Unavailable(f"ClearML cannot be reached: {type(error).__name__}: {error}")
 
 
-def _import_package() -> tuple[Any, Any, Any]:
+def _import_package() -> tuple[Any, Any, Any, Any]:
+    """What is used of it. Raises Off when it is not there, or not in this version."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     try:
         from clearml.backend_api import Session
         from clearml.backend_api.session.defs import MissingConfigError
+        from clearml.backend_api.utils import get_http_session_with_retry
         from clearml.utilities.requests_toolbelt import MultipartEncoder
     except ImportError as error:
         raise Off(f"ClearML's package cannot be imported ({error}): {INSTALL}") from None
-    return Session, MultipartEncoder, MissingConfigError
+    missing = [name for name in USED if not hasattr(Session, name)]
+    if missing:
+        raise Off(
+            f"this version of clearml is not one that rankgate knows (Session has no "
+            f"{', '.join(missing)}): {INSTALL}"
+        )
+    return Session, get_http_session_with_retry, MultipartEncoder, MissingConfigError
 
 
-def _once_only(session_class: Any, trouble: list[SinkError]) -> Any:
-    """The vendor's session with its sending loop replaced by one attempt."""
-    from clearml.backend_api.utils import get_http_session_with_retry
+def _once_only(session_class: Any, pool: Any, trouble: list[SinkError]) -> Any:
+    """The vendor's session with its sending loop replaced by one attempt; `pool` makes its HTTP."""
 
     class OnceOnly(session_class):  # type: ignore[misc]
         _offline_mode = False  # CLEARML_OFFLINE_MODE is for the vendor's own loggers
@@ -149,7 +163,7 @@ def _once_only(session_class: Any, trouble: list[SinkError]) -> Any:
         def http(self) -> Any:
             """Our own pool: the vendor's settings for certificates, none of its retries."""
             if "_http" not in self.__dict__:
-                self._http = get_http_session_with_retry(total=0, config=self.config)
+                self._http = pool(total=0, config=self.config)
                 self._http.write_timeout = TIMEOUT_SECONDS  # it lengthens those of large bodies
             return self._http
 

@@ -71,6 +71,13 @@ def root_path(project: str, name: str, task: str) -> str:
     return f"{path_part(project)}/{path_part(name)}.{task}"
 
 
+def public(address: str) -> str:
+    """An address as others may read it: without the user and password that may stand in it."""
+    scheme, mark, rest = address.partition("://")
+    host, slash, path = rest.partition("/")
+    return f"{scheme}{mark}{host.rpartition('@')[2]}{slash}{path}"
+
+
 def ending(name: str) -> str:
     """The ending of a file's name, where it is one that may stand in a path."""
     suffix = Path(name).suffix

@@ -48,7 +48,7 @@ class ClearmlExport:
         self._config = config
         self._folder = folder
         self._final = (final or folder).absolute()
-        self._files_host = os.environ.get(FILES_HOST, "").rstrip("/")
+        self._files_host = wire.public(os.environ.get(FILES_HOST, "").rstrip("/"))
         self._task: dict[str, Any] = {}
         self._place = wire.Place("", "", "", "")
         self._changed = False

@@ -37,6 +37,8 @@ RUNTIME_FIELDS = {
     names.OS: "OS",
     names.CPU_COUNT: "cpu_cores",
     names.MEMORY_GIB: "memory_gb",
+    names.GPU: "gpu_type",
+    names.GPU_COUNT: "gpu_count",
     names.COMMAND: "CLI",
     names.DIRTY: "uncommitted_changes",
 }

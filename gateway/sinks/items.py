@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from ..ingest.media import blob_path
-from ..series.reader import DTYPES, Block, FeedEntry, Reader, StreamRow
+from ..series.columns import DTYPES
+from ..series.reader import Reader
+from ..series.tables import Block, FeedEntry, StreamRow
 from .base import Item, Media, Params, Rows, Summary, Text
 from .keep import DROPPED
 from .pieces import follows, join

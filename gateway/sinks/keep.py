@@ -14,10 +14,11 @@ from pathlib import Path
 import apsw
 import msgpack
 
-from ..ingest.drop import ask
+from ..ingest.drop import Request, ask
 from ..ingest.media import blob_path
 from ..series.db import fetch, open_reader
-from ..series.reader import MediaRow, Reader
+from ..series.reader import Reader
+from ..series.tables import MediaRow
 
 DROPPED = "media dropped by policy"  #: how the reason of each begins, and why sinks skip it
 HOLDS = "holds"  #: of a sink's memory: sha256 of files it needs even after their receipt
@@ -97,25 +98,37 @@ def _above(
             yield row
 
 
-def drop_surplus(run_dir: Path, policy: Policy, stores: Sequence[Path]) -> int:
-    """Ask ingest to drop what no policy keeps and no sink still needs; how many files that are.
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What the store of one sink tells: files it has dealt with, those of them that it has set
+    aside, and the sha256 of those it needs even after their receipt."""
 
-    `stores` are the files of all sinks the run goes to; one that is not there has taken nothing.
-    Raises apsw.Error while there is no series.
-    """
-    with Reader(run_dir) as reader:
-        cursor = reader.about().cursor
-        rows, passed = reader.media(), reader.media_passed()
-        streams = {stream.index: stream for stream in reader.streams()}
+    records: set[Record]
+    aside: set[Record]
+    held: set[str]
+
+    def needs(self, record: Record) -> bool:
+        return record not in self.records or record in self.aside
+
+
+def choose(
+    reader: Reader, policy: Policy, stores: Iterable[Taken], is_there: Callable[[str], bool]
+) -> dict[str, str]:
+    """sha256 → reason of the files that no policy keeps and no sink still needs. `stores` are
+    those of all sinks the run goes to, looked at after the series."""
+    # Nobody knows yet what these were logged as. First, as a record may come between two looks.
+    early = reader.media_early()
+    rows, passed = reader.media(), reader.media_passed()
+    streams = {stream.index: stream for stream in reader.streams()}
     gone = surplus(rows, lambda index: streams[index].rank, policy)
     named = {(one.row.stream, one.row.seq) for one in gone}
     needed = {row.sha256 for row in rows if (row.stream, row.seq) not in named and not row.lost}
-    for path in stores:
-        taken, held = taken_by(path)
-        needed |= held
+    needed |= early
+    for taken in stores:
+        needed |= taken.held
         for one in gone:
             record = streams[one.row.stream].id, one.row.seq
-            if (one.row.stream, one.row.seq) in passed and record not in taken:
+            if (one.row.stream, one.row.seq) in passed and taken.needs(record):
                 needed.add(one.row.sha256)
     wanted = {
         one.row.sha256: f"{DROPPED} ({one.setting})"
@@ -123,24 +136,36 @@ def drop_surplus(run_dir: Path, policy: Policy, stores: Sequence[Path]) -> int:
         if one.row.sha256 and one.row.sha256 not in needed
     }
     # Of one that was entered in the journal and is still there, a gateway died in between.
-    wanted |= {
+    return wanted | {
         row.sha256: row.lost
         for row in rows
         if row.sha256 and row.lost and row.lost.startswith(DROPPED) and row.sha256 not in needed
-        if blob_path(run_dir, row.sha256).exists()
+        if is_there(row.sha256)
     }
+
+
+def drop_surplus(run_dir: Path, policy: Policy, stores: Sequence[Path]) -> int:
+    """Ask ingest to drop what no policy keeps and no sink still needs; how many files that are.
+
+    `stores` are the files of all sinks the run goes to; one that is not there has taken nothing.
+    Raises apsw.Error while there is no series.
+    """
+    with Reader(run_dir) as reader:
+        about = reader.about()
+        is_there = lambda sha256: blob_path(run_dir, sha256).exists()  # noqa: E731
+        wanted = choose(reader, policy, map(taken_by, stores), is_there)
     if wanted:
-        ask(run_dir, cursor, wanted)
+        ask(run_dir, Request(about.journal, about.cursor, wanted))
     return len(wanted)
 
 
-def taken_by(path: Path) -> tuple[set[Record], set[str]]:
-    """(files a sink has dealt with and has not set aside, sha256 of those it still needs)."""
+def taken_by(path: Path) -> Taken:
+    """Raises nothing: of a store that cannot be read now, no file was dealt with."""
     try:
         with closing(open_reader(path)) as db:
-            taken = set(fetch(db, "SELECT stream, seq FROM taken_media"))
-            taken -= set(fetch(db, "SELECT stream, seq FROM quarantine WHERE kind = 'media'"))
+            records = set(fetch(db, "SELECT stream, seq FROM taken_media"))
+            aside = set(fetch(db, "SELECT stream, seq FROM quarantine WHERE kind = 'media'"))
             held = fetch(db, "SELECT value FROM memory WHERE name = ?", (HOLDS,))
     except apsw.Error:
-        return set(), set()
-    return taken, set(msgpack.unpackb(held[0][0]) or ()) if held else set()
+        return Taken(set(), set(), set())
+    return Taken(records, aside, set(msgpack.unpackb(held[0][0]) or ()) if held else set())

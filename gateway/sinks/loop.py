@@ -14,7 +14,8 @@ from typing import Any
 
 import apsw
 
-from ..series.reader import FeedEntry, Reader
+from ..series.reader import Reader
+from ..series.tables import FeedEntry
 from .base import Item, Off, Refused, RunInfo, Sent, Sink, Unavailable
 from .items import Items
 from .keep import DROPPED
@@ -27,6 +28,7 @@ FETCH_ENTRIES = 512
 FETCH_RECORDS = 8192  #: of a batch, about: after an outage entries are long
 IDLE_SECONDS = 0.2  #: between two looks for something new
 KEEP_ALIVE_SECONDS = 10.0  #: of nothing to deliver, before the sink is called with nothing
+FILES_SECONDS = 10.0  #: since the last item that an ended run's files are waited for, as ranks do
 ENDED = ("completed", "failed", "lost")
 WHOLE = "."  #: a batch; its halves are ".0" and ".1", and so on
 DEADLY = 12  #: lives in a row that end in the delivery of one item, before it is kept aside
@@ -69,6 +71,7 @@ class Loop:
         self._items = Items(reader)
         self._batch: tuple[list[FeedEntry], list[Item]] | None = None
         self._idle_seconds = 0.0
+        self._awaited_seconds = 0.0  # for files, after the run's end
         self._ended_in = store.about("trying", "")  # the piece the life before did not survive
         self._deaths = store.about("deaths", 0) + 1 if self._ended_in else 0
         if self._ended_in:
@@ -125,7 +128,7 @@ class Loop:
         sent.skip(DROPPED, self._dropped)
         self._receipt(entries, items, sent)
         self._batch = None
-        self._idle_seconds = 0.0
+        self._idle_seconds = self._awaited_seconds = 0.0
         self._backoff.reset()
         return 0.0
 
@@ -287,12 +290,22 @@ class Loop:
             return self._keep_alive()
         if self._reader.feed(self._cursor(), 1):
             return 0.0  # the last items came after the look at the feed, together with the end
+        if self._wait_for_end and self._files_are_on_their_way():
+            self._awaited_seconds += IDLE_SECONDS
+            return IDLE_SECONDS
         state = about.state if about.state in ENDED else "lost"
         sent = self._sink.close(state, about.reason)
         self._receipt_of_held(sent, {"state": "drained", "reason": "", "closed": about.state})
         self._opened = False
         self.done = True
         return IDLE_SECONDS
+
+    def _files_are_on_their_way(self) -> bool:
+        """A rank tells its end before its last files are here: closed now, the backend's run would
+        be opened again for each of them."""
+        if self._awaited_seconds >= FILES_SECONDS:
+            return False
+        return any(row.sha256 is None and row.lost is None for row in self._reader.media())
 
     def _keep_alive(self) -> float:
         """Time is counted in waits: this reads no clock."""

@@ -80,7 +80,7 @@ class Package:
 
     @classmethod
     def load(cls, name: str) -> Package:
-        """Raises Off when it is not installed."""
+        """Raises Off when it is not installed, or is a version without what is used of it."""
         try:
             settings = {k: os.environ.get(k, v) for k, v in PACKAGE_SETTINGS.items()}
             with environment(settings | RAISE_ON_FULL_DISK), warnings.catch_warnings():
@@ -90,9 +90,10 @@ class Package:
                 base = name if name == "neptune" else "minfx.neptune_v2"
                 parts = [importlib.import_module(f"{base}.{part}") for part in PARTS]
         except ImportError as problem:
-            what = "rankgate[neptune]" if name == "neptune" else "minfx"
-            text = f"cannot import {name} ({problem}): pip install '{what}'"
+            text = f"cannot import {name} ({problem}): pip install '{INSTALL[name]}'"
             raise Off(text) from problem
+        for part, names in zip(parts, PARTS.values(), strict=True):
+            check(part, names, name)
         gc.freeze()  # half of a large batch's time went into looking through all it has imported
         clients, tries, operation, signals, errors = parts
         not_found = errors.FetchAttributeNotFoundException
@@ -135,13 +136,35 @@ class Package:
         return run
 
 
-PARTS = (
-    "internal.backends.hosted_client",
-    "common.backends.utils",
-    "internal.operation",
-    "internal.websockets.websocket_signals_background_job",
-    "exceptions",
-)
+#: where what is used of the package comes from; `rankgate[neptune]` names versions that were tried
+INSTALL = {"neptune": "rankgate[neptune]", "minfx": "minfx>=0.7.4,<0.8"}
+#: modules and names in them that the package's documentation does not promise
+PARTS: dict[str, tuple[str, ...]] = {
+    "internal.backends.hosted_client": (),
+    "common.backends.utils": ("retries_timeout",),
+    "internal.operation": (
+        "AssignBool", "AssignFloat", "AssignString", "DeleteAttribute", "ImageValue", "LogFloats",
+        "LogImages", "LogSeriesValue", "LogStrings", "UploadFile", "UploadFileContent",
+    ),
+    "internal.websockets.websocket_signals_background_job": ("process_killer",),
+    "exceptions": ("FetchAttributeNotFoundException",),
+}  # fmt: skip
+RUN = ("_backend", "_id", "_op_processor", "container_type")
+BACKEND = (
+    "execute_operations", "get_attributes", "get_float_series_values", "get_image_series_values",
+    "get_string_series_values",
+)  # fmt: skip
+
+
+def check(part: Any, names: Sequence[str], package: str) -> None:
+    """Raises Off where a version of the package lacks what is used of it."""
+    missing = [name for name in names if not hasattr(part, name)]
+    if missing:
+        where = getattr(part, "__name__", type(part).__name__)
+        raise Off(
+            f"this version of {package} is not one that rankgate knows ({where} has no "
+            f"{', '.join(missing)}): pip install '{INSTALL[package]}'"
+        )
 
 
 def custom_run_id(run_id: str) -> str:
@@ -325,7 +348,9 @@ class OnlineRun:
         # In this mode the package has no queue: what `init_run` itself writes is answered too.
         self._run = package.start(info, self._folder, project=project, mode="sync")
         self._package = package
+        check(self._run, RUN, package.root.__name__)
         self._backend = only_backend(self._run._backend)
+        check(self._backend, BACKEND, package.root.__name__)
         self._where = (self._run._id, self._run.container_type)
         self.fields = Fields({})
         self.refresh()

@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from .finding import find_run, reading
 from .points import Ints, lives_of, query_key
-from .queries import RunView, final_values, run_view
+from .queries import RunView, run_view
+from .shown import final_values
 
 
 @dataclass(frozen=True, slots=True, eq=False)

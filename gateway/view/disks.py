@@ -63,18 +63,20 @@ def spool_checks(path: Path, environ: Mapping[str, str]) -> Iterator[Check]:
 
 
 def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+    """The path, or the nearest folder above it that is there and that we may see."""
     path = path.absolute()
-    while not path.is_dir() and path != path.parent:
+    while not os.path.isdir(path) and path != path.parent:  # noqa: PTH112 - it raises nothing
         path = path.parent
     return path
 
 
 def _rights(name: str, path: Path, where: Path) -> Check:
-    info = where.stat()
+    info, path = where.stat(), path.absolute()
+    if path != where and os.path.lexists(below := where / path.relative_to(where).parts[0]):
+        return Check(name, "bad", f"{below} is a file", "choose another, or move it away")
     if not os.access(where, os.W_OK | os.X_OK):
         return Check(name, "bad", f"{path} cannot be written", f"choose another, or chmod {where}")
-    if where != path.absolute():
+    if where != path:
         return Check(name, "ok", f"{path}, made by the first run")
     if name == SPOOL and info.st_uid != os.getuid():
         text = f"{path} belongs to uid {info.st_uid}, so ranks keep their logs in memory only"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,12 +13,16 @@ from pathlib import Path
 
 import apsw
 
+from rank_client.identity import safe_run_id
+from rank_client.spool_place import spool_root
 from rank_client.wire.disk import OsDisk
 
 from ..errors import AmbiguousRun, Busy, Damaged, NotServed, RankgateError, UnknownRun
 from ..journal.reader import JournalReader
-from ..series.reader import Reader, StreamRow
+from ..series.reader import Reader
+from ..series.tables import StreamRow
 from .rebuilt import series_of
+from .serving import mtime_ns
 from .words import clean
 
 SHORT_CHARACTERS = 4
@@ -38,12 +44,27 @@ class Label:
 
 
 def run_dirs(data_dir: Path) -> list[Path]:
-    """The runs of a data directory, by id."""
+    """The runs of a data directory, by id. Raises RankgateError where they cannot be listed."""
     try:
-        found = [p for p in (data_dir / "runs").iterdir() if is_run(p)]
-    except OSError:
+        return sorted(p for p in (data_dir / "runs").iterdir() if is_run(p))
+    except FileNotFoundError:
         return []
-    return sorted(found)
+    except OSError as error:
+        why = "it is a file" if data_dir.is_file() else f"{error.filename}: {error.strerror}"
+        raise RankgateError(
+            f"cannot read the data directory {data_dir}: {why}. Is it the right one? Set it with "
+            "--dir or RANKGATE_DIR."
+        ) from None
+
+
+def newest_first(data_dir: Path) -> list[Path]:
+    """The runs of a data directory, that with the newest news first."""
+
+    def news(run: Path) -> int:
+        # Not series.db: whoever reads it touches its log.
+        return max((mtime_ns(p) for p in (run / "journal").glob("*.log")), default=0)
+
+    return sorted(run_dirs(data_dir), key=news, reverse=True)
 
 
 def is_run(path: Path) -> bool:
@@ -64,9 +85,7 @@ def short_id(id_: str, ids: Sequence[str]) -> str:
 def label(run_dir: Path, streams: Sequence[StreamRow]) -> Label:
     """How a run is named, from the hello of its first rank and the ids beside it."""
     id_ = run_dir.name
-    beside = (
-        [p.name for p in run_dirs(run_dir.parent.parent)] if run_dir.parent.name == "runs" else []
-    )
+    beside = _beside(run_dir)
     ranks = [s for s in streams if s.kind != "tool"] or list(streams)
     hello = ranks[0].hello if ranks else {}
     project = clean(str(hello.get("project") or "")) or "default"
@@ -79,6 +98,16 @@ def label(run_dir: Path, streams: Sequence[StreamRow]) -> Label:
     else:
         name = f"{project}-{short}"
     return Label(id_, short, name, project)
+
+
+def _beside(run_dir: Path) -> list[str]:
+    """The ids of the runs of the same data directory, as far as they can be listed."""
+    try:
+        return (
+            [p.name for p in run_dirs(run_dir.parents[1])] if run_dir.parent.name == "runs" else []
+        )
+    except RankgateError:
+        return []
 
 
 @contextmanager
@@ -119,7 +148,20 @@ def check_whole(run_dir: Path) -> None:
             f"The journal of run {run_dir.name} is damaged: {'; '.join(damage)} (in {run_dir}). "
             "What can be read is kept and was used. If there is a copy of that file, put it back, "
             f"delete the series (rm {run_dir}/series.db*), and a gateway builds it again."
+            f"{_in_spool(run_dir.name)}"
         )
+
+
+def _in_spool(run: str) -> str:
+    """How to have what this node's processes logged, which the spool keeps for a while."""
+    kept = spool_root(os.environ) / run
+    if not kept.is_dir():
+        return ""
+    return (
+        f" What processes of this node logged may still be whole in {kept}. To have it in another "
+        f"data directory: mkdir COPY && cp -r {shlex.quote(str(kept))} COPY && "
+        f"rm -f COPY/{run}/*/done && rankgate sweep --spool COPY --dir NEW."
+    )
 
 
 def _not_built(run_dir: Path) -> RankgateError:
@@ -143,13 +185,13 @@ def _not_built(run_dir: Path) -> RankgateError:
 def find_run(data_dir: Path, text: str) -> Path:
     """The folder of the run that `text` means: a path, an id, a unique prefix of one, or a name.
     Raises UnknownRun, AmbiguousRun."""
+    named = data_dir / "runs" / safe_run_id(text)  # as `--run TEXT` makes it
+    if text and is_run(named):
+        return named
     path = Path(text).expanduser()
     if ("/" in text or text in (".", "..")) and path.is_dir():
         return _at_path(path)
     runs = run_dirs(data_dir)
-    for run in runs:
-        if run.name == text:
-            return run
     found = [run for run in runs if text and run.name.startswith(text)]
     if not found:
         found = _named(runs, text)

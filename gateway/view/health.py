@@ -11,19 +11,20 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import apsw
 import zmq
 
-from rank_client import sweep
+from rank_client import orphans
 from rank_client.rendezvous import ipc_address
 
 from .check import Check
-from .disks import data_checks, existing, spool_checks
-from .queries import gateway_of, tree_bytes
+from .disks import DATA, SPOOL, data_checks, existing, spool_checks
 from .reach import address_check, key_checks
+from .serving import gateway_of, tree_bytes
 from .words import duration, plural, size
 
 ENOUGH_FILES = 4096  #: a socket and a few files per rank, and SQLite's
@@ -40,24 +41,40 @@ def look(
 ) -> list[Check]:
     """Every check, in the order in which one depends on another. `environ` is that of the ranks,
     `reserve_bytes` is what the gateway's config keeps free."""
-    parts: tuple[Callable[[], Iterator[Check]], ...] = (
-        lambda: data_checks(data_dir, reserve_bytes),
-        lambda: _gateway(data_dir, now_ns),
-        lambda: key_checks(data_dir, environ),
-        lambda: _address(environ),
-        lambda: spool_checks(spool, environ),
-        lambda: _leftovers(data_dir, spool),
-        _limits,
-        lambda: _clock(data_dir, now_ns),
-        _versions,
-    )
-    return [check for part in parts for check in part()]
+    parts: dict[str, Callable[[], Iterator[Check]]] = {
+        DATA: lambda: data_checks(data_dir, reserve_bytes),
+        "gateway": lambda: _gateway(data_dir, now_ns),
+        "key": lambda: key_checks(data_dir, environ),
+        "RANKGATE_ADDR": lambda: _address(environ),
+        SPOOL: lambda: spool_checks(spool, environ),
+        "spool: leftovers": lambda: _leftovers(data_dir, spool),
+        "open files": _limits,
+        "clock": lambda: _clock(data_dir, now_ns),
+        "rankgate": _versions,
+    }
+    return [check for name, part in parts.items() for check in _guarded(name, part)]
+
+
+def _guarded(name: str, part: Callable[[], Iterator[Check]]) -> Iterator[Check]:
+    """What cannot be looked at is bad; the rest is looked at all the same."""
+    try:
+        yield from part()
+    except OSError as error:
+        text = f"cannot look at {error.filename}: {error.strerror}"
+        yield Check(name, "bad", text, "look as the user whom it belongs to, or choose another")
 
 
 # --- gateway and spool ---------------------------------------------------------------------------
 
 
+def _look_into(directory: Path) -> None:
+    """Raises OSError where we may not: those that search it pass that over."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        os.listdir(directory)
+
+
 def _gateway(data_dir: Path, now_ns: int) -> Iterator[Check]:
+    _look_into(data_dir)
     gateway = gateway_of(data_dir, now_ns)
     log = data_dir / "gateway.log"
     if gateway.state == "serving":
@@ -86,8 +103,9 @@ def _address(environ: Mapping[str, str]) -> Iterator[Check]:
 
 def _leftovers(data_dir: Path, spool: Path) -> Iterator[Check]:
     """What processes left in the spool that are gone, by run and by who can take it."""
-    found: dict[tuple[str, str], list[sweep.Orphan]] = {}
-    for orphan in sweep.find(spool, None, lambda _: True, holes=True):
+    _look_into(spool)
+    found: dict[tuple[str, str], list[orphans.Orphan]] = {}
+    for orphan in orphans.find(spool, None, lambda _: True, holes=True):
         found.setdefault((orphan.run, _ships(orphan, data_dir)), []).append(orphan)
     if not found:
         yield Check("spool: leftovers", "ok", "none")
@@ -101,7 +119,7 @@ def _leftovers(data_dir: Path, spool: Path) -> Iterator[Check]:
         yield Check("spool: leftovers", "warn", text, f"all are in {spool}")
 
 
-def _ships(orphan: sweep.Orphan, data_dir: Path) -> str:
+def _ships(orphan: orphans.Orphan, data_dir: Path) -> str:
     """The command that ships an orphan."""
     gap = " --accept-gap" if (orphan.directory / "hole").exists() else ""
     address, home = str(orphan.hello.get("addr") or ""), str(orphan.hello.get("dir") or data_dir)
@@ -135,7 +153,8 @@ def _clock(data_dir: Path, now_ns: int) -> Iterator[Check]:
     ahead = _last_word(data_dir) - now_ns / 1e9
     if ahead > SKEW_SECONDS:
         problems.append(f"a gateway wrote here {duration(ahead)} in our future: it was set back")
-    problems += _rank_skews(data_dir, now_ns)
+    with suppress(OSError):  # that it cannot be looked at was said of the gateway
+        problems += _rank_skews(data_dir, now_ns)
     for text in problems:
         yield Check("clock", "warn", text, "set the time by NTP; order is kept, times are not")
     if not problems:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
+from rank_client.rendezvous import data_dir
+
 from .points import NotFinite
-from .queries import Accounting, RunView, Shown
+from .queries import RunView
+from .shown import Shown
+from .sinks import SinkRow
+from .typed import typed
 from .words import clean, count, duration, moment, plural, shorten
 
 WIDTH = 80
@@ -123,7 +130,8 @@ def ranks_text(view: RunView) -> str:
     return plural(view.world_size, "rank")
 
 
-def logged_lines(book: Accounting, duplicates: int) -> list[Text]:
+def logged_lines(view: RunView) -> list[Text]:
+    book = view.accounting
     line = Text("LOGGED   ").append(
         f"{count(book.logged)} = stored {count(book.stored)} + on the way {count(book.on_the_way)}"
         " + "
@@ -132,12 +140,21 @@ def logged_lines(book: Accounting, duplicates: int) -> list[Text]:
     out = [line]
     if book.on_the_way and book.spooled_in:
         out += wrapped(
-            f"on the way: spooled in {clean(book.spooled_in)}; rankgate drain ships it",
+            f"on the way: spooled in {clean(book.spooled_in)}; {_drain(view)} ships it",
             " " * 9, " " * 9, WIDTH,
         )  # fmt: skip
-    if duplicates:
-        out.append(Text(f"         {plural(duplicates, 'duplicate')} dropped"))
+    if view.duplicates:
+        out.append(Text(f"         {plural(view.duplicates, 'duplicate')} dropped"))
     return out
+
+
+def _drain(view: RunView) -> str:
+    return clean(typed(_root(view), "drain"))
+
+
+def _root(view: RunView) -> Path:
+    """The data directory that a run lies in."""
+    return Path(view.path).absolute().parent.parent
 
 
 def all_well(view: RunView) -> Text:
@@ -167,12 +184,38 @@ def next_lines(shown: Shown) -> list[Text]:
     odd = next((p.rank for p in view.problems if p.rank is not None), None)
     tail = f"rankgate tail {view.short}"
     tail += f" --rank {odd}" if odd is not None else " --follow" if view.live else ""
-    out = [Text(f"Next: {tail}")]
+    there = _dir_option(view)
+    out = [Text(f"Next: {tail}{there}")]
+    if out[0].cell_len > WIDTH:  # still one command for a shell
+        out = [Text(f"Next: {tail} \\"), Text(f"     {there}")]
+    if line := quarantine_line(view):
+        out.append(Text(f"      {line}"))
     for row in shown.keys:
-        line = f"      rankgate query {view.short} {_quoted(row.key)} --rank all"
+        line = f"      rankgate query {view.short} {_quoted(row.key)} --rank all{there}"
         if len(line) <= WIDTH:  # a command that is cut cannot be pasted
             return [*out, Text(line)]
     return out
+
+
+def quarantine_line(view: RunView) -> str:
+    """The command that shows what a backend would not take; nothing where it took all."""
+    if not any(s.quarantined for s in view.sinks):
+        return ""
+    return f"rankgate sinks status {view.short}{_dir_option(view)}"
+
+
+def skipped_text(sink: SinkRow) -> str:
+    """Why items are skipped, the reason of most of them first."""
+    reasons = sorted(sink.skipped_reasons.items(), key=lambda kv: -kv[1])
+    return "skipped: " + ", ".join(f"{count(n)} {clean(reason)}" for reason, n in reasons)
+
+
+def _dir_option(view: RunView) -> str:
+    """What this very shell needs to find the run's data directory."""
+    root = _root(view)
+    if root == data_dir(os.environ) or Path(view.path).parent.name != "runs":
+        return ""
+    return f" --dir {_quoted(str(root))}"
 
 
 def _quoted(key: str) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..series.reader import Reader, StreamRow
+from ..series.reader import Reader
+from ..series.tables import StreamRow
 
 
 @dataclass(frozen=True, slots=True)

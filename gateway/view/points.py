@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from ..errors import BadConfig
 from ..rules.generations import UNORDERED
-from ..series.reader import About, Points, Reader, StreamRow
+from ..series.reader import Reader
+from ..series.tables import About, Points, StreamRow
 
 REDUCTIONS = ("mean", "min", "max", "sum", "count")
 SPARK_STEPS = 100

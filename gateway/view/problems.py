@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ..rules.project import ANOTHER_JOURNAL
-from ..series.reader import About, StreamRow
+from ..series.tables import About, StreamRow
 from .words import clean, count, duration, plural, ranges, rank_name
 
 ALONE = 3  #: so many silent ranks get a sentence each, more are told by node
@@ -219,8 +219,8 @@ def _gone(about: About, ranks: Sequence[Rank]) -> Iterable[Problem]:
     gone = [r for r in ranks if r.state in ("silent", "gone", "unknown")]
     if about.state == "lost":
         step = max((r.step for r in ranks), default=-1)
-        who = ranges(r.rank for r in gone)
-        yield Problem("silent", f"no rank was heard for 60 s{_at_step(step)}; silent: {who}")
+        who = f"; silent: {ranges(r.rank for r in gone)}" if gone else ""
+        yield Problem("silent", f"no rank was heard for 60 s{_at_step(step)}{who}")
     elif gone:
         who = name_of(gone[0]) if len(gone) == 1 else f"ranks {ranges(r.rank for r in gone)}"
         yield Problem("silent", f"{who} did not say how it ended", None, gone[0].node)
@@ -247,14 +247,15 @@ def _losses(
         yield Problem("lost", f"{who} lost {what}: {clean(reason)}", its.rank, its.node)
 
 
-def unreachable(stream: StreamRow, records: int, spooled_in: str) -> Problem:
-    """`spooled_in`: the spool that has holes, empty where there is none on this node."""
+def unreachable(stream: StreamRow, records: int, spooled_in: str, giving_up: str) -> Problem:
+    """`spooled_in`: the spool that has holes, empty where there is none on this node; `giving_up`:
+    the command that ships what is behind them."""
     who = rank_name(stream.rank, stream.node, stream.local_rank)
     what = plural(records, "record")
     if spooled_in:
         text = (
             f"{who}: {what} cannot be read in {spooled_in}, and those behind wait; to give them "
-            "up and ship the rest: rankgate sweep --accept-gap"
+            f"up and ship the rest: {giving_up}"
         )
     else:
         text = f"{who} lost {what} logged but not stored, and its spool is not on this node"

@@ -13,10 +13,13 @@ from .lines import (
     next_lines,
     not_finite_lines,
     problem_lines,
+    skipped_text,
     state_text,
     step_text,
 )
-from .queries import RunView, Shown, SinkRow
+from .queries import RunView
+from .shown import Shown
+from .sinks import SinkRow
 from .words import clean, count, number, plural, ranges, shorten
 
 MAX_LINES = 30
@@ -37,6 +40,8 @@ def summary_lines(shown: Shown, width: int = WIDTH, max_lines: int = MAX_LINES) 
     tail = [*_texts(next_lines(shown)), RULE * width]
     odd = _cut(odd, NOT_FINITE_LINES)
     room = max_lines - len(head) - len(problems) - len(books) - len(odd) - len(tail)
+    if room < MIN_METRICS:
+        problems = _cut(problems, max(1, len(problems) - MIN_METRICS + room))
     metrics = _metrics(shown, max(room, MIN_METRICS), width)
     return [*head, *problems, *books, *metrics, *odd, *tail]
 
@@ -114,11 +119,9 @@ def _sinks(sinks: Sequence[SinkRow], width: int) -> list[str]:
     lines = _texts(columns(header, rows, "<<>>>>>"))
     for s in on:
         note = clean(s.reason) or (f"offline export in {_near(s.export)}" if s.export else "")
-        if not note and s.skipped:
-            reasons = sorted(s.skipped_reasons.items(), key=lambda kv: -kv[1])
-            note = "skipped: " + ", ".join(f"{count(n)} {clean(r)}" for r, n in reasons[:3])
-        if note:
-            lines.append(shorten(f"         {s.sink}: {note}", width))
+        for text in (note, skipped_text(s) if s.skipped else ""):
+            if text:
+                lines.append(shorten(f"         {s.sink}: {text}", width))
     return lines
 
 

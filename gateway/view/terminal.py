@@ -1,4 +1,4 @@
-"""A run in the terminal, at 80 columns: lines of rich text made of the values of queries.py."""
+"""A run in the terminal, at 80 columns: lines of rich text, of what queries.py and shown.py say."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ from .lines import (
     next_lines,
     not_finite_lines,
     problem_lines,
+    quarantine_line,
     ranks_text,
+    skipped_text,
     state_text,
     step_text,
     wrapped,
 )
 from .media import FileRow
 from .points import KeyRow
-from .queries import Gateway, RunView, Shown, SinkRow
+from .queries import RunView
+from .serving import Gateway
+from .shown import Shown
+from .sinks import SinkRow
 from .words import clean, clock, count, duration, moment, number, plural, shorten, size, sparkline
 
 SHOWN_KEYS = 20
@@ -50,7 +55,7 @@ def show_lines(shown: Shown, width: int = WIDTH) -> list[Text]:
     lines += not_finite_lines([n for row in shown.keys for n in row.not_finite])
     lines += _not_looked_at(shown)
     lines += file_lines(shown.files, width)
-    lines += logged_lines(view.accounting, view.duplicates)
+    lines += logged_lines(view)
     return lines + next_lines(shown)
 
 
@@ -175,8 +180,11 @@ def run_status_lines(view: RunView, width: int = WIDTH) -> list[Text]:
         head = Text("RUN      ").append(view.name, "bold").append(f" {view.short}").append(GAP)
     head.append_text(state_text(view)).append(f"  {step_text(view.step)}  {ranks_text(view)}")
     lines = [head, *problem_lines(view, width, "  ")]
-    lines += logged_lines(view.accounting, view.duplicates)
-    return lines + sink_lines(view.sinks)
+    lines += logged_lines(view)
+    lines += sink_lines(view.sinks)
+    if line := quarantine_line(view):
+        lines.append(Text(f"Next: {line}"))
+    return lines
 
 
 def sink_lines(sinks: Sequence[SinkRow]) -> list[Text]:
@@ -195,6 +203,8 @@ def sink_lines(sinks: Sequence[SinkRow]) -> list[Text]:
     for s in sinks:
         if s.state != "off" and s.reason:
             lines.append(Text(f"  {s.sink}: {clean(s.reason)}"))
+        if s.skipped:
+            lines += wrapped(f"{s.sink} {skipped_text(s)}", "  ", "    ", WIDTH)
     return [*lines, *(Text(line) for line in after.values())]
 
 

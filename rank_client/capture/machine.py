@@ -24,6 +24,14 @@ LAUNCHED = ("torch", "slurm", "mpi")  #: our parent started the node's ranks, an
 
 log = logging.getLogger("rankgate")
 
+#: no fork while the thread here imports: the child would wait for that module for ever
+_importing = threading.RLock()
+os.register_at_fork(
+    before=_importing.acquire,
+    after_in_parent=_importing.release,
+    after_in_child=_importing.release,
+)
+
 
 class Machine:
     """Samples in a daemon thread; each sample goes to `put`, which must not raise."""
@@ -89,7 +97,8 @@ class Machine:
         if self._stop.wait(SAMPLE_SECONDS):
             return
         try:
-            import psutil
+            with _importing:
+                import psutil
         except ImportError:
             log.warning("rankgate: no machine metrics, as psutil is missing: pip install psutil")
             return
@@ -150,7 +159,8 @@ class Gpus:
         self._nvml: Any = None
         self._devices: list[Any] = []
         try:
-            import pynvml
+            with _importing:
+                import pynvml
         except ImportError:
             return
         try:

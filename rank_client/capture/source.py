@@ -1,8 +1,8 @@
 """What code a run came from: repository, commit, uncommitted changes, entry point, packages.
 
-Collected once, by rank 0, in a thread that starts when `init` is done. `git` runs as a child with
-a time limit for each call and a limit to what is read of it; without `git`, or outside a
+Collected once, by rank 0, in a thread that starts when `init` is done; without `git`, or outside a
 repository, that part is left out. All of it goes through the redactor like any other parameter.
+The thread imports nothing: a child that is forked meanwhile would wait for that module for ever.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -19,17 +18,16 @@ from typing import Any
 
 from ..redact import Redactor
 from ..wire import source as names
+from .git import Git
 
 SWITCH = "RANKGATE_CAPTURE_SOURCE"  #: 0 leaves all of this out
-GIT_SECONDS = 5.0  #: the most that one call of git may take
 MAX_DIFF_BYTES = 500_000
 CUT = f"\n# rankgate: cut after {MAX_DIFF_BYTES:,} bytes\n"
-MAX_ANSWER_BYTES = 4096  #: of all other answers of git
+MAX_COMMAND_CHARACTERS = 4096
+MAX_CPU_BYTES = 4096  #: of what the kernel tells of its processors: the first one's name
 MAX_PACKAGES_CHARACTERS = 48_000  #: a parameter is one record, of at most 64 KiB
 REDACT_CHARACTERS = 16_384  #: at a time: between two pieces the training goes on
 PEM_CHARACTERS = 16_384  #: of a private key in a text, at most
-#: no lock on the index, no question to a person, nothing fetched
-GIT_ENVIRON = {"GIT_OPTIONAL_LOCKS": "0", "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
 Fact = str | int | float | bool
 
 _INSTALLED = re.compile(r"(?P<name>[A-Za-z0-9._]+)-(?P<version>\d[^-]*)(?:-.*)?\.(?:dist|egg)-info")
@@ -52,21 +50,25 @@ class Source:
         self._log_params = log_params
         self._log_diff = log_diff
         self._clean = clean
-        self._environ = {**environ, **GIT_ENVIRON}
+        self._git = Git(environ)
         self._lock = threading.Lock()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="rankgate-source", daemon=True)
         self._thread.start()
 
     def close(self, seconds: float) -> None:
-        """Wait for what is being collected; later than that it is not logged."""
-        self._thread.join(max(0.0, seconds))
-        with self._lock:
-            self._closed = True
+        """Wait for what is being collected; later than that it is not logged, and no call of git
+        is left behind."""
+        try:
+            self._thread.join(max(0.0, seconds))
+        finally:  # also after a Ctrl-C
+            self._git.stop()
+            with self._lock:
+                self._closed = True
 
     def _run(self) -> None:
         try:
-            facts, diff = collect(self._environ)
+            facts, diff = collect(self._git)
             text = redacted(diff, self._clean) if diff else ""
             with self._lock:
                 if self._closed:
@@ -83,46 +85,72 @@ def wanted(environ: Mapping[str, str], rank: int) -> bool:
     return rank <= 0 and environ.get(SWITCH, "1") != "0"
 
 
-def collect(environ: Mapping[str, str]) -> tuple[dict[str, Fact], str]:
+def collect(git: Git) -> tuple[dict[str, Fact], str]:
     """(facts by their names, uncommitted changes); what cannot be found out is left out."""
     script, module = _entry_point()
-    here = Path.cwd()
+    here = _working_dir()
     facts: dict[str, Fact] = {}
-    root = _git(environ, script.parent if script else here, "rev-parse", "--show-toplevel")
+    folder = script.parent if script else here
+    root = git.ask(folder, "rev-parse", "--show-toplevel") if folder else ""
     diff = ""
     if root:
         top = Path(root)
         answers = {
-            names.REPOSITORY: _git(environ, top, "config", "--get", "remote.origin.url"),
-            names.BRANCH: _git(environ, top, "rev-parse", "--abbrev-ref", "HEAD"),
-            names.COMMIT: _git(environ, top, "rev-parse", "--verify", "HEAD"),
+            names.REPOSITORY: git.ask(top, "config", "--get", "remote.origin.url"),
+            names.BRANCH: git.ask(top, "rev-parse", "--abbrev-ref", "HEAD"),
+            names.COMMIT: git.ask(top, "rev-parse", "--verify", "HEAD"),
+            names.COMMIT_MESSAGE: git.ask(top, "log", "-1", "--no-show-signature", "--format=%s"),
         }
         facts |= {name: answer for name, answer in answers.items() if answer}
         if names.COMMIT in facts:
-            diff = _diff(environ, top)
+            diff = _diff(git, top)
             facts[names.DIRTY] = bool(diff)
-        here = here if here.is_relative_to(top) else top
+        here = here if here and here.is_relative_to(top) else top
         facts[names.WORKING_DIR] = here.relative_to(top).as_posix()
     if module:
         facts[names.ENTRY_POINT] = f"-m {module}"
+    elif script and here and script.is_relative_to(here):
+        facts[names.ENTRY_POINT] = script.relative_to(here).as_posix()
     elif script:
-        inside = script.is_relative_to(here)
-        facts[names.ENTRY_POINT] = script.relative_to(here).as_posix() if inside else script.name
+        facts[names.ENTRY_POINT] = script.name
     return facts | _machine(), diff
+
+
+def _working_dir() -> Path | None:
+    """None when somebody has deleted it meanwhile."""
+    try:
+        return Path.cwd()
+    except OSError:
+        return None
 
 
 def _machine() -> dict[str, Fact]:
     """What the code runs on, asked of nobody but this process and the kernel."""
     pages, page_bytes = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    disk = os.statvfs("/")
     return {
         names.PYTHON: platform.python_version(),
         names.PYTHON_EXECUTABLE: sys.executable,
-        names.COMMAND: " ".join(sys.orig_argv)[:MAX_ANSWER_BYTES],
+        names.COMMAND: _command(),
         names.PACKAGES: packages(sys.path),
         names.OS: platform.platform(),
+        names.CPU: _cpu(),
         names.CPU_COUNT: os.cpu_count() or 0,
         names.MEMORY_GIB: round(pages * page_bytes / 2**30, 1),
+        names.DISK_GIB: round(disk.f_blocks * disk.f_frsize / 2**30, 1),
     }
+
+
+def _cpu() -> str:
+    """The processor's name without its trade marks; its architecture where it has no name."""
+    try:
+        with Path("/proc/cpuinfo").open("rb") as file:
+            text = file.read(MAX_CPU_BYTES).decode(errors="replace")
+    except OSError:
+        text = ""
+    match = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    name = match[1] if match else platform.machine()  # to ask for more would start a process
+    return " ".join(re.sub(r"\((?:R|TM)\)", "", name, flags=re.IGNORECASE).split())
 
 
 def _entry_point() -> tuple[Path | None, str]:
@@ -134,43 +162,22 @@ def _entry_point() -> tuple[Path | None, str]:
     return script, str(spec.name).removesuffix(".__main__") if spec is not None else ""
 
 
-def _git(environ: Mapping[str, str], folder: Path, *words: str) -> str:
-    """The answer's text, empty when git has none to give."""
-    return _output(environ, folder, words, MAX_ANSWER_BYTES).strip()
-
-
-def _diff(environ: Mapping[str, str], top: Path) -> str:
+def _diff(git: Git, top: Path) -> str:
+    """The changes; of more than so many bytes whole lines, as half of a secret has no shape."""
     words = ("diff", "HEAD", "--no-color", "--no-ext-diff", "--no-textconv", "--submodule=short")
-    text = _output(environ, top, words, MAX_DIFF_BYTES + 1)
+    text = git.output(top, *words, most_bytes=MAX_DIFF_BYTES + 1)
     if len(text.encode()) <= MAX_DIFF_BYTES:
         return text
-    return text.encode()[:MAX_DIFF_BYTES].decode(errors="ignore") + CUT
+    lines, newline, _ = text.encode()[:MAX_DIFF_BYTES].rpartition(b"\n")
+    return (lines + newline).decode(errors="ignore") + CUT
 
 
-def _output(environ: Mapping[str, str], folder: Path, words: Iterable[str], most_bytes: int) -> str:
-    """What a call of git prints, up to `most_bytes`; empty when it fails or takes too long."""
-    command = ["git", "-c", "core.fsmonitor=false", "-C", str(folder), *words]
-    try:
-        child = subprocess.Popen(
-            command,
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-    except OSError:  # no git, or no process to be had
-        return ""
-    late = threading.Timer(GIT_SECONDS, child.kill)
-    late.daemon = True
-    late.start()
-    with child:
-        assert child.stdout is not None
-        data = child.stdout.read(most_bytes)
-        if len(data) == most_bytes:
-            child.kill()  # enough of it
-    late.cancel()
-    whole = child.returncode == 0 or len(data) == most_bytes
-    return data.decode(errors="replace") if whole else ""
+def _command() -> str:
+    """The words that this process was started with, as many as fit; none is cut."""
+    command = " ".join(sys.orig_argv)
+    if len(command) <= MAX_COMMAND_CHARACTERS:
+        return command
+    return command[: MAX_COMMAND_CHARACTERS + 1].rpartition(" ")[0]
 
 
 def packages(path: Iterable[str]) -> str:

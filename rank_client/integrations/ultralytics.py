@@ -37,10 +37,16 @@ def attach(model: Any) -> None:
     """Log the trainings of a model (`YOLO(…)`) or a trainer from now on; twice is once.
 
     Nothing is connected before a training begins, and never in a process that only starts the
-    workers of one.
+    workers of one. Raises ValueError for what is neither, and nothing else.
     """
+    there = getattr(model, "callbacks", None)
+    if not isinstance(there, Mapping) or not callable(getattr(model, "add_callback", None)):
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise ValueError(  # noqa: TRY004 - as `init` does
+            f"attach takes an Ultralytics model, as YOLO(...) gives it, or a trainer, not {what}"
+        )
     for event, callback in CALLBACKS.items():
-        if callback not in model.callbacks[event]:
+        if callback not in there.get(event, ()):
             model.add_callback(event, callback)
 
 

@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from .. import exits, identity
+from ..capture import source
 from ..run import Run, init
+from ..wire.source import ENVIRONMENT, GPU, GPU_COUNT, ULTRALYTICS
+from .ultralytics_tables import noted, tables
 
 log = logging.getLogger("rankgate")
 
@@ -62,6 +65,8 @@ class Training:
         self._ours = found is None
         self.run = found or _begin(trainer.args, number)
         self.run.log_params(arguments(trainer.args))
+        if source.wanted(os.environ, self.run.rank):
+            self.run.log_params(surroundings())
 
     # --- epochs ----------------------------------------------------------------------------------
 
@@ -135,8 +140,8 @@ class Training:
             self.run.log_checkpoint(
                 trainer.best, best=True, final=True, metrics=metrics, step=trainer.epoch
             )
-        for name, rows in _curves(trainer):
-            self.run.log_table(f"Curves/{name}", rows, step=trainer.epoch)
+        for key, rows in tables(trainer):
+            self.run.log_table(key, rows, step=trainer.epoch)
 
     def _log_pictures(self, trainer: Any) -> None:
         """Those of batches that have been drawn since, in whichever epoch. They are drawn by
@@ -208,6 +213,25 @@ def arguments(args: Any) -> dict[str, Any]:
     return {key: _unsigned(value) for key, value in vars(args).items()}
 
 
+def surroundings() -> dict[str, str | int]:
+    """What Ultralytics and torch alone know of where they run; both are loaded when we are called.
+
+    GPUs are told of only where the training has made CUDA ready, which nobody else should do.
+    """
+    found: dict[str, str | int] = {}
+    try:
+        ultralytics, torch = sys.modules["ultralytics"], sys.modules["torch"]
+        found[ULTRALYTICS] = str(ultralytics.__version__)
+        found[ENVIRONMENT] = str(sys.modules["ultralytics.utils"].ENVIRONMENT)
+        if torch.cuda.is_initialized():
+            first = torch.cuda.get_device_properties(0)
+            found[GPU_COUNT] = torch.cuda.device_count()
+            found[GPU] = f"{first.name}, {first.total_memory / 2**20:.0f}MiB"
+    except Exception as error:  # a training without it is as good
+        log.debug("rankgate: ultralytics does not tell where it runs: %r", error)
+    return found
+
+
 def _unsigned(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _unsigned(inner) for key, inner in value.items()}
@@ -242,27 +266,8 @@ def _class_names(trainer: Any) -> list[str]:
 
 def _drawn(trainer: Any) -> Iterator[tuple[Path, float]]:
     """(file, when) of the pictures that trainer and validator have noted."""
-    for path, about in _noted(trainer):
+    for path, about in noted(trainer):
         yield Path(path), float(about["timestamp"])
-
-
-def _noted(trainer: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
-    for owner in (trainer, getattr(trainer, "validator", None)):
-        yield from list(getattr(owner, "plots", {}).items())
-
-
-def _curves(trainer: Any) -> Iterator[tuple[str, list[dict[str, float]]]]:
-    """(name, rows) of the curves behind plots, as newer versions note them: `x`, and a column for
-    each class that the validation saw, by its name."""
-    classes = getattr(trainer.validator.metrics, "ap_class_index", ())
-    names = [str(trainer.validator.names[int(index)]) for index in classes]
-    for _, about in _noted(trainer):
-        data = about.get("data") or {}
-        ys = data.get("y") or ()
-        if data.get("type") and data.get("x") and len(ys) == len(names):
-            columns = zip(*ys, strict=True)
-            rows = zip(data["x"], columns, strict=True)
-            yield data["type"], [{"x": x, **dict(zip(names, y, strict=True))} for x, y in rows]
 
 
 def _picture_key(path: Path) -> str:

@@ -19,8 +19,18 @@ from gateway.view import disks, reach
 from rank_client.spool import Spool
 from rank_client.wire.keys import Key, write_keyfile
 
-from ..flow.job import Job, free_port, wait_until
+from ..flow.job import ROOT, Job, free_port, wait_until
 from .test_reading_commands import Say, rankgate
+
+#: `rankgate doctor --json` of another user; a first look imports all that it needs
+_AS_NOBODY = """
+import contextlib, io, os, sys
+from gateway.cli import main
+with contextlib.redirect_stdout(io.StringIO()):
+    main.run(["doctor", "--dir", "/var/tmp/rankgate-none"])
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+sys.exit(main.run(["doctor", "--json", *sys.argv[1:]]))
+"""
 
 Found = dict[str, dict[str, Any]]
 Look = Callable[..., Found]
@@ -142,6 +152,39 @@ class TestDisks:
         found = look()["spool"]
         assert found["state"] == "bad"
         assert "belongs to uid 12345" in found["text"]
+
+    @pytest.mark.parametrize("below", ["", "deeper/still"])
+    def test_a_file_in_the_way(
+        self, tmp_path: Path, look: Look, monkeypatch: pytest.MonkeyPatch, below: str
+    ) -> None:
+        """No run can make a directory there, so it is bad."""
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("RANKGATE_SPOOL", str(tmp_path / "file" / below))
+        monkeypatch.setenv("RANKGATE_DIR", str(tmp_path / "file" / below))
+        found = look()
+        for name in ("data directory", "spool"):
+            assert found[name]["state"] == "bad"
+            assert found[name]["text"] == f"{tmp_path}/file is a file"
+
+    @pytest.mark.parametrize("below", ["", "data"])
+    def test_what_we_may_not_see(self, tmp_path: Path, below: str) -> None:
+        """Directories of somebody else, or below such: each part that cannot be looked at is bad
+        and says so, and nothing there is called empty."""
+        if os.getuid():
+            pytest.skip("only root may become somebody else")
+        theirs = tmp_path / "theirs"
+        (theirs / "data").mkdir(parents=True)
+        theirs.chmod(0o700)
+        (theirs / "data").chmod(0o700)
+        words = [sys.executable, "-c", _AS_NOBODY, "--dir", str(theirs / below)]
+        environ = {**os.environ, "RANKGATE_SPOOL": str(theirs / below), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(words, capture_output=True, text=True, env=environ, cwd="/")
+        assert done.returncode == 1, done.stderr
+        found = {c["name"]: c for c in json.loads(done.stdout)}
+        for name in ("config", "data directory", "gateway", "key", "spool", "spool: leftovers"):
+            assert found[name]["state"] == "bad", found[name]
+        assert found["gateway"]["text"].endswith(": Permission denied")
+        assert {"open files", "clock", "python"} <= found.keys()
 
     def test_a_data_directory_open_to_others(self, tmp_path: Path, look: Look) -> None:
         """A warning with the command that closes it."""

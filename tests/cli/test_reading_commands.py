@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from gateway.cli import main
+from rank_client.identity import safe_run_id
+from rank_client.rendezvous import gateway_command
 from rank_client.spool import Spool
 
 from ..build import RunBuilder
@@ -106,7 +108,15 @@ class TestShow:
         assert [k["key"] for k in told(capsys, "show", "7f3a", "tr*", "--json")["keys"]] == [
             "train/loss"
         ]
-        assert rankgate(capsys, "show", "7f3a", "nope")[0] == 66
+        code, _, err = rankgate(capsys, "show", "7f3a", "nope")
+        assert (code, "It has lr, train/loss." in " ".join(err.split())) == (66, True)
+
+    def test_a_run_by_the_name_it_was_started_with(self, data: Path, capsys: Say) -> None:
+        """`--run a/b` makes an id of it; `show a/b` finds that."""
+        run = RunBuilder(data, safe_run_id("a/b"))
+        run.rank(0).log({"x": 1.0})
+        run.close()
+        assert told(capsys, "show", "a/b", "--json")["view"]["run"] == safe_run_id("a/b")
 
     def test_a_copied_run(self, data: Path, tmp_path: Path, capsys: Say) -> None:
         """A run's folder alone is enough, wherever it was moved."""
@@ -312,11 +322,65 @@ class TestErrors:
         assert "Nearest: 7f3a9c21d04e (digits-7f3a)" in " ".join(err.split())
         assert "Traceback" not in err
 
+    @pytest.mark.parametrize("command", ["runs", "status", "show r1", "sinks status"])
+    def test_what_cannot_be_read_is_not_empty(
+        self, command: str, tmp_path: Path, capsys: Say
+    ) -> None:
+        """A --dir that is a file, or that cannot be listed, is told with its path and why."""
+        (tmp_path / "file").write_text("")
+        code, out, err = rankgate(capsys, *command.split(), "--dir", str(tmp_path / "file"))
+        assert (code, out) == (1, "")
+        assert f"{tmp_path}/file: it is a file" in " ".join(err.split())
+        (tmp_path / "runs").symlink_to(tmp_path / "runs")
+        code, out, err = rankgate(capsys, *command.split(), "--dir", str(tmp_path))
+        assert (code, out) == (1, "")
+        assert f"{tmp_path}/runs: Too many levels of symbolic links" in " ".join(err.split())
+
+    def test_a_directory_whose_name_is_no_text(self, capsys: Say) -> None:
+        """It is refused by every command at once: nothing could tell of it."""
+        code, out, err = rankgate(capsys, "runs", "--dir", os.fsdecode(b"/tmp/\xff"))
+        assert (code, out) == (78, "")
+        assert "not UTF-8" in " ".join(err.split())
+
     def test_usage(self, capsys: Say) -> None:
         """A command line that makes no sense says where to read on, exit code 2."""
         code, _, err = rankgate(capsys, "show")
         assert code == 2
         assert "rankgate show --help" in err
+
+    def test_a_rank_that_took_no_part(self, data: Path, capsys: Say) -> None:
+        """Is told with those that did; one of several is no error."""
+        code, out, err = rankgate(capsys, "query", "7f3a", "lr", "--rank", "5")
+        assert (code, out) == (66, "")
+        assert "has no rank 5. It has 0–3." in " ".join(err.split())
+        assert rankgate(capsys, "query", "7f3a", "lr", "--rank", "3:9")[0] == 0
+
+    def test_two_formats(self, data: Path, capsys: Say) -> None:
+        """--json beside another --format is refused, not chosen from."""
+        code, _, err = rankgate(capsys, "query", "7f3a", "lr", "--format", "csv", "--json")
+        assert code == 78
+        assert "--json and --format csv" in err
+
+    def test_a_keyfile_that_is_a_directory(self, tmp_path: Path, capsys: Say) -> None:
+        """`keys new DIRECTORY` says what to type."""
+        code, _, err = rankgate(capsys, "keys", "new", str(tmp_path))
+        assert code == 78
+        assert f"as in {tmp_path}/gateway.key" in " ".join(err.split())
+
+    def test_a_closed_stdout(self, data: Path) -> None:
+        """`>&-` is like >/dev/null, and no fault of ours."""
+        line = f"{sys.executable} -m gateway status >&-"
+        environ = {**os.environ, "PYTHONPATH": str(_ROOT)}
+        done = subprocess.run(["bash", "-c", line], env=environ, capture_output=True, cwd=data)
+        assert (done.returncode, done.stderr) == (0, b"")
+
+    @pytest.mark.parametrize("name", main.COMMANDS)
+    def test_help_fits_80_columns(self, name: str, data: Path, capsys: Say) -> None:
+        """No line of a command's help is wider; what a person gives stands in capitals."""
+        code, out, _ = rankgate(capsys, name, "--help")
+        assert code == 0
+        assert max(map(len, out.splitlines())) <= 80
+        assert "{run}" not in out
 
     def test_a_fault_of_ours(
         self, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: Say
@@ -353,6 +417,25 @@ class TestErrors:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=20)
         assert (process.returncode, err) == (130, "")
+
+    def test_interrupt_while_modules_are_imported(self, tmp_path: Path) -> None:
+        """Ctrl-C in the first moments is as quiet; a child of the gateway does not heed it, as
+        its parent ends it."""
+        (tmp_path / "sitecustomize.py").write_text(
+            "import os, signal, sys\n"
+            "class Finder:\n"
+            "    def find_spec(self, name, path=None, target=None):\n"
+            "        if name in ('apsw', 'typer'):\n"
+            "            os.kill(os.getpid(), signal.SIGINT)\n"
+            "sys.meta_path.insert(0, Finder())\n"
+        )
+        environ = {**os.environ, "PYTHONPATH": f"{tmp_path}:{_ROOT}"}
+        words = [sys.executable, "-m", "gateway", "status", "--dir", str(tmp_path)]
+        done = subprocess.run(words, env=environ, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+        words = gateway_command("no-such-child")
+        done = subprocess.run(words, env=environ, capture_output=True, text=True)
+        assert (done.returncode, "No such command" in done.stderr) == (2, True)
 
 
 _ROOT = Path(main.__file__).parents[2]

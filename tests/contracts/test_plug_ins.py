@@ -88,6 +88,8 @@ def test_a_plug_ins_table_is_checked_like_ours(
             build({"sinks": {"jsonl": raw}}, "f")
     with pytest.raises(BadConfig, match=r"unknown key sinks.jsonll; did you mean sinks.jsonl"):
         build({"sinks": {"jsonll": {}}}, "f")
+    with pytest.raises(BadConfig, match=r"^there is no sink 'jsonll'; did you mean jsonl\?"):
+        build({}, "the defaults", ("jsonll=offline",))
 
 
 @pytest.mark.parametrize(

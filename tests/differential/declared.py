@@ -14,7 +14,7 @@ _FINAL = "the final evaluation is no epoch: the original lets it pass for one mo
 _BATCH = "the original takes the batch's number for the iteration: each epoch replaces the last"
 _LAST = "the newest weights are kept too, for a run whose best ones are not written"
 _NAMES = "class names are logged for Platform; the other originals leave them out"
-_CURVES = "the curves of the plots are logged as numbers for Platform; others get them as tables"
+_CURVES = "the plots are logged as numbers too, for Platform; others get them as tables"
 _MARK = "by this tag the task is found again, so that none is made twice"
 
 CLEARML = (
@@ -24,12 +24,13 @@ CLEARML = (
     Renamed("original", r"(image .* val)(_\w+)\.jpg \| (\d)", r"\1_batch\3\2", _BATCH),
     Renamed("gateway", r"(image .*) \| \d", r"\1", _BATCH),
     Declared("value", "plot | * | plot image | 0", _OWN_FIGURE),
-    Declared("only gateway", "plot | Curves | *", _CURVES),
     Declared("only gateway", "model | last | *", _LAST),
 )
 
 CLEARML_NEW = (
     *CLEARML,
+    Declared("only gateway", "plot | Curves | *", _CURVES),
+    Declared("only gateway", "plot | Results | *", _CURVES),
     Declared(
         "only original",
         "param | General/_ignore_remote_overrides_",
@@ -62,23 +63,12 @@ HUB_OLD = (
     Declared("only gateway", "scalar | val/*_loss | 2", _FINAL),
     Declared("only gateway", "scalar | final/fitness | 2", _FINAL),
     Declared("only gateway", "checkpoint | epoch | 2", _LAST),
-    Declared(
-        "value",
-        "model | meta/name",
-        "the original calls every model after its YAML file; here it has the training's name",
-    ),
 )
 
-# What is not there yet says so: each of these begins with "gap".
-_MACHINE = "gap: of what describes machine and packages only a part is collected"
 PLATFORM_NEW = (
     Declared("only gateway", "checkpoint | last.pt", _LAST),
     Declared("only original", "epoch | *fitness | 3", _FINAL),
     Declared("only original", "scalar | * | 3", _FINAL),
-    Declared("only original", "environment | *", _MACHINE),
-    Declared("value", "plot | pr_curve", "gap: without each class's average precision"),
-    Declared("only original", "plot | confusion_matrix", "gap: it is logged as a picture only"),
-    Declared("value", "result | validation", "gap: hits and misses of a picture are not logged"),
 )
 
 DECLARED: dict[Case, tuple[Declared | Renamed, ...]] = {

@@ -25,6 +25,9 @@ Fact = tuple[str, Any]
 
 SINGLE_VALUE = -(2**31)  #: the iteration ClearML gives a value without one
 MEASURED = ("speed_PyTorch(ms)", "Epoch Time", "speedMs")
+#: of Platform's environment: each training has its own command, the original shortens what some
+#: processors are called, and tells the repository that its package lies in as it is then
+TOLD_BY_EACH = ("command", "cpu", "gitRepository", "gitBranch", "gitCommit")
 #: said of a machine and a process, not of the training
 SURROUNDINGS = ("monitoring/", "sys/", "source_code/", "source/", "rankgate/")
 
@@ -164,8 +167,9 @@ def _platform(server: PlatformServer, files: Files) -> Iterator[Fact]:
     yield "run | completes", model.completes
     for name in ("epochs", "device"):
         yield f"run | {name}", model.start.get(name)
-    for name in model.start.get("environment", {}):
-        yield f"environment | {name}", True
+    for name, value in model.start.get("environment", {}).items():
+        if name != "gitCommitMessage":  # the original finds one while no `git gc` has packed it
+            yield f"environment | {name}", name in TOLD_BY_EACH or value
     for epoch, data in model.events.items():
         for key, value in data["metrics"].items():
             yield f"scalar | {key} | {epoch}", value

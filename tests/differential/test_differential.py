@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from tests.integrations import environment
+
+from .__main__ import main
 from .compare import Declared, Renamed
 from .trainings import Case
 from .trial import judge, run
@@ -71,3 +75,25 @@ def test_bytes_that_are_not_the_files_are_found(body: str) -> None:
     verdict = judge({}, {"plot | F1_curve | plot image | 0": [body]}, ())
     assert verdict.altered == ["plot | F1_curve | plot image | 0"]
     assert not judge({}, {"plot | F1_curve | plot image | 0": ["F1_curve.png"]}, ()).altered
+
+
+def test_without_an_environment_a_case_is_not_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Where a package cannot be had, the check fails before any training, with pip's words and
+    what to do; nothing passes for want of something to compare."""
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    assert main(["hub-8.2.50"]) == 1
+    out, err = capfd.readouterr()
+    assert json.loads(out)["ok"] is False
+    assert "No matching distribution found for ultralytics==8.2.50" in err
+    assert "the environment for ultralytics 8.2.50 cannot be made: pip ended with 1" in err
+    assert "python -m tests.integrations.environment 8.2.50" in err
+    assert "hub-8.2.50: NOT GOOD" in err
+
+
+def test_a_case_that_there_is_not_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    """A name spelt wrong is no case that passed."""
+    assert main(["hub-8.2.5"]) == 2
+    assert "no case hub-8.2.5; there are: clearml-8.4.190" in capfd.readouterr().err

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from gateway.attach import served
-from gateway.series.reader import Reader, StreamRow
+from gateway.series.reader import Reader
+from gateway.series.tables import StreamRow
 from gateway.sinks.store import read_views
-from rank_client import sweep
+from rank_client import orphans
 from rank_client.capture.console import LATE
 from rank_client.rendezvous import LOCK_GATEWAY, locked
 
@@ -242,5 +243,5 @@ class Job:
         with self.reader(run) as reader:
             return reader.streams()
 
-    def orphans(self) -> list[sweep.Orphan]:
-        return sweep.find(self.spool, self.data, lambda _: True)
+    def orphans(self) -> list[orphans.Orphan]:
+        return orphans.find(self.spool, self.data, lambda _: True)

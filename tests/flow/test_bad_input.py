@@ -83,7 +83,8 @@ def test_unknown_run(tmp_path: Path, command: str) -> None:
 
 
 def test_damaged_journal(tmp_path: Path) -> None:
-    """A journal with flipped bytes: its good part is served, and the damage is said."""
+    """A journal with flipped bytes: its good part is served, the damage is said, and how to have
+    the rest from the spool, in another data directory."""
     with Job(tmp_path) as job:
         job.serve()  # it is there first, so that the rows come in many frames
         job.rank(0, 1, 400, "finish", 0.002)
@@ -114,6 +115,16 @@ def test_damaged_journal(tmp_path: Path) -> None:
             result = job.cli(*words)
             assert_paragraph(result, "journal of run r1 is damaged", "not readable")
             assert "train/loss" in result[1]
+        code, out, err = job.cli("drain", "--seconds", "60")
+        assert (code, "delivered" in out) == (65, True), (out, err)
+        ship = " ".join(err.split()).partition("data directory: ")[2].rstrip(".")
+        words = ship.replace("COPY", str(tmp_path / "copy")).replace("NEW", str(tmp_path / "new"))
+        assert job.start("sh", "-c", words).wait(60) == 0, ship
+        job.stop_gateway(15)
+        job.data = tmp_path / "new"
+        job.environ["RANKGATE_DIR"] = str(job.data)
+        job.drain()
+        job.assert_all_there()
 
 
 def test_a_sink_whose_package_is_missing(tmp_path: Path) -> None:

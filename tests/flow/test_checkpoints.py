@@ -11,7 +11,7 @@ from pathlib import Path
 import apsw
 import pytest
 
-from gateway.series.reader import MediaRow
+from gateway.series.tables import MediaRow
 from gateway.sinks.store import read_views
 from tests.servers.platform import KEY, PlatformServer
 

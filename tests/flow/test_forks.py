@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.series.reader import StreamRow
+from gateway.series.tables import StreamRow
 
 from .job import Job, wait_until
 

@@ -127,6 +127,19 @@ def test_an_address_that_is_none_costs_nothing(tmp_path: Path) -> None:
         job.assert_all_there()
 
 
+def test_a_port_that_there_is_not(tmp_path: Path) -> None:
+    """Is said clearly and once; the training goes on, and its logs can be shipped elsewhere."""
+    with Job(tmp_path) as job:
+        rank = job.rank(0, 1, 5, "finish", RANKGATE_ADDR="tcp://127.0.0.1:99999")
+        _, err = rank.communicate(timeout=60)
+        assert rank.returncode == 0
+        assert err.count("its port is not one of 1 to 65535") == 1
+        code, out, err = job.cli("sweep", "--spool", str(job.spool))
+        assert code == 0, (out, err)
+        job.drain()
+        job.assert_all_there()
+
+
 def _age(pid: int) -> float:
     import time
 

@@ -140,6 +140,7 @@ def test_away_for_the_whole_run_then_replayed(kind: str, tmp_path: Path, stack: 
     for path in (job.data / "runs/r1").glob("series.db*"):
         path.unlink()
     replay(job, SINK[kind])
+    assert (job.data / "runs/r1/series.db").stat().st_mode & 0o077 == 0
     assert record(server) == found[1]
     job.assert_accounted()
     after = view(job, SINK[kind])

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 import apsw
 import pytest
 
-from gateway.series.reader import StreamRow
+from gateway.series.tables import StreamRow
+from rank_client.rendezvous import ipc_address
+from rank_client.run import ABSENT_SECONDS
 from rank_client.wire.segments import segment_path
 
 from .job import Job, free_port, wait_until
@@ -159,6 +162,39 @@ def test_a_read_only_file_system(tmp_path: Path, tiny: Path) -> None:
         job.assert_accounted()
         stream = one(job)
         assert stream.stored - stream.control + stream.refused == 503
+        assert (stream.gaps, stream.status) == (0, "completed")
+
+
+#: logs, says that it ends, waits for a gateway
+LATE_GATEWAY = """
+import pathlib, sys
+import rank_client
+run = rank_client.init(project="flow", capture_console=False)
+for step in range(50):
+    run.log({"a": float(step)}, step=step)
+pathlib.Path("ends").touch()
+sys.exit(0 if run.finish(seconds=60) else 3)
+"""
+
+
+def test_no_spool_and_a_gateway_that_comes_late(tmp_path: Path) -> None:
+    """What is in memory only is not given up before the time that `finish` has, though no gateway
+    has answered yet; and it is said where no spool could be written."""
+    (tmp_path / "file").touch()
+    with Job(tmp_path) as job:
+        job.data.mkdir()
+        place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "RANKGATE_RUN": "r1"}
+        nowhere = {"RANKGATE_SPOOL": str(tmp_path / "file"), "RANKGATE_ADDR": ipc_address(job.data)}
+        process = job.start(sys.executable, "-c", LATE_GATEWAY, **place, **nowhere)
+        wait_until((job.truth_dir / "ends").exists, what="it ends")
+        time.sleep(ABSENT_SECONDS + 0.5)  # that long it would wait if the spool had all
+        job.serve()
+        err = ended(process)
+        assert f"cannot write the spool in {tmp_path / 'file'}" in err
+        job.drain()
+        job.assert_accounted()
+        stream = one(job)
+        assert job.points().total() == 50
         assert (stream.gaps, stream.status) == (0, "completed")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from gateway.view.queries import gateway_of
+from gateway.view.serving import gateway_of
 from gateway.view.terminal import gateway_lines
 from rank_client.link import Link
 from rank_client.media import send_file

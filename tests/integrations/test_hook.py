@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from rank_client.integrations.ultralytics import only_starts_workers
+from rank_client.integrations.ultralytics import CALLBACKS, attach, only_starts_workers
 from rank_client.integrations.ultralytics_hook import FOLDER, hooked
 from rank_client.integrations.ultralytics_training import arguments
 
@@ -48,6 +48,34 @@ def test_other_imports_are_left_alone(tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as failure:
         run("import ultralytics.utils.callbacks.base", environ)
     assert "KeyError: 'theirs'" in failure.value.stderr
+
+
+class Model:
+    """As `YOLO(…)`: callbacks by event, and a way to add one."""
+
+    def __init__(self) -> None:
+        self.callbacks: dict[str, list[object]] = {}
+
+    def add_callback(self, event: str, callback: object) -> None:
+        self.callbacks.setdefault(event, []).append(callback)
+
+
+def test_attaching_twice_is_attaching_once() -> None:
+    """Each event calls us once."""
+    model = Model()
+    attach(model)
+    attach(model)
+    assert model.callbacks == {event: [callback] for event, callback in CALLBACKS.items()}
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [("yolo11n.pt", "str"), (None, "NoneType"), (Model, "the class Model"), (Namespace(), "Name")],
+)
+def test_what_is_no_model_is_refused_as_init_refuses(given: object, told: str) -> None:
+    """Before the training begins, as a ValueError that says what is expected."""
+    with pytest.raises(ValueError, match=rf"YOLO\(\.\.\.\) gives it, or a trainer, not {told}"):
+        attach(given)
 
 
 def trainer(device: object, **more: object) -> Namespace:

@@ -114,6 +114,12 @@ def test_any_launcher_id_becomes_a_run_id(text: str) -> None:
     assert made == text or not valid_run_id(text)
 
 
+@pytest.mark.parametrize("text", ["..", ".", "/", "-/-", "ü"])
+def test_a_run_id_is_no_option(text: str) -> None:
+    """What is made of an id that is none does not begin as an option does."""
+    assert safe_run_id(text)[0].isalnum()
+
+
 @given(st.text(max_size=20), st.text(max_size=20))
 def test_different_ids_stay_different(a: str, b: str) -> None:
     """Two different ids of launchers never become one run."""

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rank_client.redact import MARK, MIN_VALUE_CHARACTERS, Redactor, is_secret_name
+from rank_client.redact import (
+    MARK,
+    MAX_SECRET_CHARACTERS,
+    MIN_VALUE_CHARACTERS,
+    Redactor,
+    is_secret_name,
+)
+from rank_client.values import MAX_TEXT_VALUE
 
 REDACTOR = Redactor({})
 HEX40 = "0123456789abcdef0123456789abcdef01234567"
@@ -103,6 +112,29 @@ def test_redacting_twice_is_redacting_once(text: str) -> None:
     assert REDACTOR.text(once) == once
 
 
+@pytest.mark.parametrize("many", [0, 100])
+@pytest.mark.parametrize("secret", ["ghp_" + "a1B2" * 9, "plainly-nothing" * 2000, PEM])
+def test_a_cut_leaves_no_half_of_a_secret(secret: str, many: int) -> None:
+    """A text too long for a parameter is cut where it is clean: also where the marks of earlier
+    secrets, shorter than those, bring what stood behind the cut before it."""
+    redactor = Redactor({"MY_SECRET": "plainly-nothing" * 2000})
+    known = f"{'ghp_' + 'c3D4' * 60} " * many
+    for at in (1, 20, len(secret) - 1, len(secret) + 1, -15_000, -MAX_SECRET_CHARACTERS + 20):
+        before = known + "x" * (MAX_TEXT_VALUE - at - len(known) - 1) + " "
+        value = redactor.value("note", before + secret + " " + "y" * 200_000)
+        assert len(value) <= MAX_TEXT_VALUE
+        assert value.startswith(f"{MARK} " * many + "xxxx")
+        assert secret[:4] not in value, (at, value[-60:])
+
+
+def test_a_cut_costs_no_more_than_what_is_kept() -> None:
+    """Of a text of any length only as much is looked at as a parameter holds."""
+    text = "password=hidden " * 10_000_000
+    began = time.process_time()
+    assert len(REDACTOR.value("note", text)) <= MAX_TEXT_VALUE
+    assert time.process_time() - began < 1
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -140,6 +172,42 @@ def test_a_variable_of_several_lines_is_looked_for_line_by_line() -> None:
     redactor = Redactor({"SSH_PRIVATE_KEY": "first-line-0\nsecond-line\nend"})
     assert redactor.text("a second-line b") == f"a {MARK} b"
     assert redactor.text("the end") == "the end"
+
+
+@pytest.mark.parametrize(
+    ("url", "password"),
+    [
+        ("https://me:plain-words@host/path", "plain-words"),
+        ("http://me:pl%40in-w%2Frds@proxy:3128", "pl@in-w/rds"),
+        ("http://me:pl%40in-w%2Frds@proxy:3128", "pl%40in-w%2Frds"),
+        ("postgres://:plain-words@db", "plain-words"),
+        ("https://0123456789abcdef0123@sentry.io/1", "0123456789abcdef0123"),
+    ],
+)
+def test_passwords_of_urls_in_the_environment(url: str, password: str) -> None:
+    """A variable with a telling value may have any name; the password is one on its own too."""
+    redactor = Redactor({"CLEARML_FILES_HOST": url})
+    assert redactor.text(f"x {password} y") == f"x {MARK} y"
+    assert redactor.text("me host path") == "me host path"
+
+
+def test_a_password_that_is_the_users_name_is_a_word() -> None:
+    """`postgres` would be gone from every line."""
+    assert Redactor({"URL": "postgres://postgres:postgres@db"}).text("postgres") == "postgres"
+
+
+@pytest.mark.parametrize("secret", ["qu'ote\"back\\slash", "a/b+c=d&e %f", "schlüssel-wört"])
+def test_a_value_as_other_notations_have_it(secret: str) -> None:
+    """In the text of a list, in JSON and in a URL it looks different, and is as secret."""
+    redactor = Redactor({"X_SECRET": secret})
+    shown = [
+        f"{[secret, 1]}", json.dumps([secret, 1]), json.dumps([secret, 1], ensure_ascii=False),
+        f"GET /x?y={quote(secret)}&z", f"GET /x?y={quote(secret, safe='')}&z",
+    ]  # fmt: skip
+    for text in shown:
+        hidden = redactor.text(text)
+        assert MARK in hidden
+        assert not any(part in hidden for part in (secret, quote(secret), "slash", "schl", "b+c"))
 
 
 @pytest.mark.parametrize(

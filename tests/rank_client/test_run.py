@@ -260,6 +260,13 @@ def test_long_text_is_written_in_pieces(run: Run) -> None:
     assert len({w.values["w"] for w in pieces}) == 1
 
 
+def test_a_long_parameter_is_cut(run: Run) -> None:
+    """A parameter's text, or the text of what is no text, is kept up to 64 Ki characters."""
+    run.log_params({"text": "x" * 100_000, "list": [1] * 100_000})
+    found = {k: v for record in written(run) for k, v in record.values["v"].items()}
+    assert found == {"text": "x" * (64 << 10), "list": str([1] * 100_000)[: 64 << 10]}
+
+
 def test_many_params_are_written_in_pieces(run: Run) -> None:
     """Params beyond one record's size are all written."""
     params = {f"p{i}": "x" * 1000 for i in range(100)}
@@ -440,6 +447,7 @@ def test_an_interrupt_at_exit_ends_the_wait(run: Run, monkeypatch: pytest.Monkey
 def test_secrets_do_not_reach_the_spool(monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts, params and the config are written with the mark in the place of a secret."""
     monkeypatch.setenv("SERVICE_TOKEN", "plain-secret-value")
+    monkeypatch.setattr(sys, "argv", ["/x/train-plain-secret-value.py"])
     run = rank_client.init(run="r", tags=["plain-secret-value"], config={"password": "x", "lr": 1})
     run.log_text("token=abcdef123456 and plain-secret-value")
     run.log_summary({"note": "plain-secret-value"})

@@ -526,6 +526,22 @@ def test_schemas_are_restated_after_a_jump(tmp_path: Path) -> None:
     spool.close()
 
 
+def test_schemas_are_restated_before_the_first_that_is_kept(tmp_path: Path) -> None:
+    """Records in memory go when they are acknowledged. A journal that begins anew just then has
+    none of their schemas, and asks for the very next number: that is no jump for the reader."""
+    disk = FullDisk()
+    disk.is_full = True
+    spool = Spool(str(tmp_path), {}, disk)
+    rows = Rows(spool, lambda *_: None)
+    for step in range(5):
+        rows.log({"a": 1.0}, step)
+    assert spool.read(1, 1 << 16)[0] == 5
+    spool.trim(5)
+    rows.log({"a": 6.0}, 5)
+    assert [w.values for w in decode(spool.read(6, 1 << 16)[1])] == [{"a": 6.0}]
+    spool.close()
+
+
 # --- the lock ------------------------------------------------------------------------------------
 
 TRY_LOCK = """

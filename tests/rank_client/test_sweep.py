@@ -11,19 +11,25 @@ from typing import Any
 
 import pytest
 
-from gateway.ingest.peers import Peers, Reply
+from gateway.ingest.answers import Reply
+from gateway.ingest.peers import Peers
 from gateway.journal.reader import Entry, JournalReader
 from gateway.journal.writer import Journal
 from gateway.rules.project import ANOTHER_JOURNAL, Projection
-from gateway.supervise import Stamp, Sweeper
+from gateway.sweeper import Stamp, Sweeper
+from rank_client import neighbours, orphans, sweep
 from rank_client import spool as spool_module
-from rank_client import sweep
+from rank_client.neighbours import Neighbours
+from rank_client.orphan_source import OrphanSource
+from rank_client.orphans import Orphan, find, kept, read_note
 from rank_client.rows import Rows
 from rank_client.spool import Spool
-from rank_client.sweep import Orphan, OrphanSource, find, kept, read_note, ship, tidy
+from rank_client.sweep import ship
+from rank_client.tidy import tidy
 from rank_client.wire.disk import OsDisk
 from rank_client.wire.records import Kind, Schema
 from rank_client.wire.segments import segment_path
+from rank_client.wire.session import ClientSession
 from tests.rank_client.read import decode
 
 RUN = "r"
@@ -137,11 +143,13 @@ def leave(
     stream: bytes = STREAM,
     run: str = RUN,
     before: Callable[[Spool], None] = lambda spool: None,
+    about: dict[str, str] | None = None,
     **options: Any,
 ) -> Path:
     """The spool of a process that logged `rows` rows and is gone; its directory."""
     directory = root / run / stream.hex()
     head = {"stream": stream, "kind": "live", "run": run, "dir": "/elsewhere", "rank": 0}
+    head |= about or {}
     spool = Spool(str(directory), head, segment_bytes=1000, **options)
     log = Rows(spool, lambda *_: None)
     for step in range(rows):
@@ -210,7 +218,7 @@ def test_a_living_process_is_no_orphan(root: Path) -> None:
     assert find(root, None, lambda _: True) == []
     child = os.fork()
     if child == 0:
-        sweep.own_spools.clear()
+        orphans.own_spools.clear()
         os._exit(len(find(root, None, lambda _: True)))
     assert os.waitpid(child, 0)[1] == 0, "another process saw it as an orphan: the lock is gone"
     spool.close()
@@ -250,6 +258,96 @@ def test_shipped_in_two_goes(gateway: Gateway, root: Path) -> None:
     assert ship(only(root), "x", 10).whole
     assert_accounted(gateway.projected(), 1000)
     assert gateway.peers.duplicates == {}
+
+
+# --- whose it is ---------------------------------------------------------------------------------
+
+
+class TestWhose:
+    """Which gateway of a node takes a stream, where several have a run of that name."""
+
+    @pytest.fixture
+    def other(self, gateway: Gateway, root: Path, tmp_path: Path) -> Path:
+        """The data directory of another project, with a run of the same name as ours."""
+        gateway.journal(RUN)
+        directory = tmp_path / "other"
+        (directory / "runs" / RUN / "journal").mkdir(parents=True)
+        (directory / "gateway.lock").touch()
+        return directory
+
+    def takes(self, data_dir: Path, root: Path) -> bool:
+        return bool(Sweeper(data_dir, "x")._find(root))
+
+    def test_the_one_its_process_named(self, gateway: Gateway, root: Path, other: Path) -> None:
+        """Not the other project, which has a run of that name; even before its own has one."""
+        leave(root, about={"dir": str(other)})
+        assert (self.takes(other, root), self.takes(gateway.root, root)) == (True, False)
+        (other / "runs" / RUN / "journal").rmdir()
+        assert (self.takes(other, root), self.takes(gateway.root, root)) == (True, False)
+
+    def test_what_was_shipped_stays_there(self, gateway: Gateway, root: Path, other: Path) -> None:
+        """A journal that never had a stream has not lost it: it is not shipped to that one."""
+        directory = leave(root, about={"dir": str(other)})
+        orphans.write_note(directory, "done", f"{'00' * 16} 100\n")
+        assert not self.takes(gateway.root, root)
+
+    def test_where_the_run_was_moved(self, gateway: Gateway, root: Path, other: Path) -> None:
+        """Once the directory it named is gone, it is theirs who have the run."""
+        leave(root, about={"dir": str(other)})
+        shutil.rmtree(other)
+        assert self.takes(gateway.root, root)
+        assert not self.takes(root.with_name("third"), root)
+
+    @pytest.mark.parametrize("address", ["tcp://head:7777", "tcp://[fe80::1]:7777"])
+    def test_not_one_that_was_meant_for_another_address(
+        self, gateway: Gateway, root: Path, address: str
+    ) -> None:
+        """A gateway in the same directory leaves alone what names one elsewhere, unless it has
+        the run, or listens there itself."""
+        leave(root, about={"dir": str(gateway.root), "addr": address})
+        assert not self.takes(gateway.root, root)
+        note = gateway.root / "gateway.json"
+        gateway.root.mkdir(exist_ok=True)
+        note.write_text('{"addresses": ["ipc:///tmp/x:7777", "tcp://10.0.0.1:5717"]}')
+        assert not self.takes(gateway.root, root)
+        note.write_text('{"addresses": ["ipc:///tmp/x", "tcp://10.0.0.1:7777"]}')
+        assert self.takes(gateway.root, root)
+        note.unlink()
+        gateway.journal(RUN)
+        assert self.takes(gateway.root, root)
+
+    def test_not_another_projects_that_goes_elsewhere(
+        self, gateway: Gateway, root: Path, other: Path
+    ) -> None:
+        """Neither its directory nor its address is ours: the run's name does not make it so."""
+        leave(root, about={"dir": str(other), "addr": "tcp://head:7777"})
+        assert not self.takes(gateway.root, root)
+
+    @pytest.mark.parametrize(
+        ("about", "taken"),
+        [
+            ({"dir": "/mine", "addr": ""}, True),
+            ({"dir": "/other", "addr": "tcp://head:1"}, True),
+            ({"dir": "/other", "addr": "tcp://head:2"}, False),
+            ({"dir": "/other", "addr": ""}, False),
+        ],
+    )
+    def test_a_ranks_neighbours_are_of_its_own_project(
+        self,
+        gateway: Gateway,
+        root: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        about: dict[str, str],
+        taken: bool,
+    ) -> None:
+        """A rank ships, for its gateway elsewhere, what named that one or its own directory."""
+        leave(root, about=about)
+        monkeypatch.setattr(neighbours, "ship", lambda orphan, *_, **__: ship(orphan, "x", 10))
+        session = ClientSession(b"t" * 16, dict, Spool(None, {}), lambda: 0.5)
+        session.state, session.durable = "open", 0
+        rank = Neighbours(root / RUN, Path("/mine"), session, "tcp://head:1", {}, print)
+        rank._look()
+        assert bool(find(root, None, lambda _: True)) == (not taken)
 
 
 # --- another journal -----------------------------------------------------------------------------
@@ -468,7 +566,7 @@ def test_reading_an_orphan_from_the_middle_restates_schemas(root: Path) -> None:
 
 def shipped_spool(root: Path, name: bytes, rows: int, age_seconds: float) -> Path:
     directory = leave(root, rows, stream=name * 16)
-    sweep.write_note(directory, "done", f"{'00' * 16} {rows}\n")
+    orphans.write_note(directory, "done", f"{'00' * 16} {rows}\n")
     when = time.time() - age_seconds
     os.utime(directory / "done", (when, when))
     return directory

@@ -144,13 +144,13 @@ def test_parameters_never_wait_for_a_device() -> None:
 
 
 def test_parameters_are_scalars_or_text() -> None:
-    """Scalars and None stay, all else becomes text, and text is cut at 64 Ki characters."""
+    """Scalars and None stay, all else becomes text, whole: it is cut where it is clean."""
     assert plain(3) == 3
     assert plain(None) is None
     assert plain([1, 2]) == "[1, 2]"
     assert plain(np.float32(0.5)) == 0.5
     assert plain(10**30) == str(10**30)
-    assert len(str(plain("x" * 100_000))) == 64 << 10
+    assert plain("x" * 100_000) == "x" * 100_000
 
 
 def test_nested_dicts_are_flattened() -> None:

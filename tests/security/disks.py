@@ -16,7 +16,7 @@ def the_reserve_is_kept(root: Path) -> None:
     gateway = Gateway(root)
     gateway.hello()
     watch = Watch(root, Limits(reserve_bytes=1 << 62))
-    gateway.peers.full = watch.full(gateway.peers.full)
+    gateway.peers.room.full = watch.full(gateway.peers.room.full)
     assert gateway.hello(B).body["credit"] == 0
     [(_, pong)] = gateway.ping()
     assert (pong.body["credit"], pong.body.get("full")) == (0, "disk")
@@ -32,7 +32,7 @@ def the_quota_is_kept(root: Path) -> None:
     gateway.hello()
     watch = Watch(root, Limits(reserve_bytes=0, run_quota_bytes=1000))
     watch.look(False, ["r", "other"])
-    gateway.peers.over_quota = watch.over_quota
+    gateway.peers.room.over_quota = watch.over_quota
     [(_, pong)] = gateway.ping()
     assert (pong.body["credit"], pong.body.get("full")) == (0, "quota")
     gateway.data(1)

@@ -13,7 +13,7 @@ import zmq
 from gateway import app
 from gateway.config import GatewayConfig
 from gateway.errors import BadConfig
-from gateway.ingest import admission, listener
+from gateway.ingest import admission, sockets
 from gateway.ingest.admission import AllowList, Guarded, Unguarded, server_public
 from rank_client.link import Link
 from rank_client.wire import frames
@@ -80,7 +80,7 @@ class Client(Link):
 
 def arrived(root: Path, guest: Callable[[str], Any]) -> list[bytes]:
     """The first message that a guest gets through to the gateway; none once it is refused."""
-    guarded = Guarded(listener.bind([]), KEY, root)
+    guarded = Guarded(sockets.bind([]), KEY, root)
     guarded.router.bind("tcp://127.0.0.1:*")
     knocking = guest(guarded.router.get_string(zmq.LAST_ENDPOINT))
     deadline = time.monotonic() + DEADLINE_SECONDS
@@ -119,7 +119,7 @@ def plain(patch: Any) -> None:
 
 def self_test_finds_it(root: Path) -> None:
     """A door whose encryption is gone is not served."""
-    router = listener.bind([])
+    router = sockets.bind([])
     router.bind("tcp://127.0.0.1:*")
     door: Any = Open(router, KEY, root)
     try:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from gateway.ingest import hello, media
-from gateway.ingest.listener import RunStore
+from gateway.ingest.journals import RunStore
 from gateway.ingest.peers import Peers
 from gateway.sinks import clearml_events, clearml_export
 from gateway.sinks.base import Media, RunInfo, SinkError

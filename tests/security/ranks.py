@@ -9,10 +9,10 @@ from typing import Any
 
 import zmq
 
-from gateway.ingest import admission, listener, peers, streams
+from gateway.ingest import admission, peers, room, sockets, streams
 from gateway.ingest import strikes as strikes_of
 from gateway.ingest.admission import Guarded, server_public
-from gateway.ingest.listener import RunStore
+from gateway.ingest.journals import RunStore
 from gateway.ingest.peers import QUEUED_TOP_BYTES, Peers
 from gateway.ingest.strikes import STRIKES
 from gateway.rules import project as projection
@@ -130,7 +130,7 @@ def key_keeps_its_run(root: Path) -> None:
     key = Key(b"k" * 32)
     mine = Key(b"m" * 32, "mine", server_public(key))
     write_keyfile(root / "keys" / "mine.key", mine)
-    guarded = Guarded(listener.bind([]), key, root / "keys")
+    guarded = Guarded(sockets.bind([]), key, root / "keys")
     guarded.router.bind("tcp://127.0.0.1:*")
     link = Link(guarded.router.get_string(zmq.LAST_ENDPOINT), mine)
     known = Peers(SESSION, RunStore(root / "data"), MIB, lambda _: False)
@@ -159,10 +159,10 @@ def alone(name: str, value: Any) -> Callable[[Any], None]:
 
 
 FLOOD, LIE = "a hostile rank with a key", "a rank lies about who it is"
-ALL_CREDIT = property(lambda _: peers.CREDIT_TOP_BYTES)
+ALL_CREDIT = property(lambda _: room.CREDIT_TOP_BYTES)
 
 ROWS = [
-    Row(FLOOD, "credit", credit_is_shared, without(Peers, "credit_bytes", ALL_CREDIT)),
+    Row(FLOOD, "credit", credit_is_shared, without(room.Room, "credit_bytes", ALL_CREDIT)),
     Row(FLOOD, "chunks held", files_are_bounded, alone("QUEUED_TOP_BYTES", 1 << 40)),
     Row(FLOOD, "a frame's size", frames_are_bounded, without(frames, "MAX_FRAME_BYTES", 1 << 30)),
     Row(FLOOD, "a HELLO's size", hello_is_bounded, without(frames, "MAX_HELLO_BYTES", 1 << 30)),

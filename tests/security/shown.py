@@ -13,13 +13,15 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
 from gateway.view import export
 from gateway.view.finding import label, reading
 from gateway.view.points import Answer
-from gateway.view.queries import run_view, shown
+from gateway.view.queries import run_view
+from gateway.view.shown import shown
 from gateway.view.terminal import run_status_lines, runs_lines, show_lines
 from rank_client import redact
 from rank_client.redact import MARK, Redactor
@@ -113,6 +115,28 @@ def the_environment_is_seen(_: Path) -> None:
     )
 
 
+def the_files_of_vendors_are_seen(root: Path) -> None:
+    """A key that stands in ClearML's or Ultralytics' file alone."""
+    (root / "clearml.conf").write_text('api.credentials { secret_key: "plain-words-1" }')
+    (root / ".config/Ultralytics").mkdir(parents=True)
+    (root / ".config/Ultralytics/settings.json").write_text('{"api_key": "plain-words-2"}')
+    redactor = Redactor({"HOME": str(root)})
+    assert redactor.text("plain-words-1 and plain-words-2") == f"{MARK} and {MARK}"
+
+
+def passwords_of_urls_are_seen(_: Path) -> None:
+    """Without the URL around them too."""
+    redactor = Redactor({"CLEARML_FILES_HOST": "https://me:plain-words@files.host"})
+    assert redactor.text("login me, plain-words") == f"login me, {MARK}"
+
+
+def other_notations_are_seen(_: Path) -> None:
+    secret = "plain 'words' of\\all"
+    redactor = Redactor({"X_SECRET": secret})
+    shown = f"{[secret]} {json.dumps(secret)} /x?y={quote(secret)}"
+    assert redactor.text(shown).count(MARK) == 3
+
+
 TEXT, SECRET = "text in terminals and tables", "secrets in logs"
 
 ROWS = [
@@ -131,5 +155,23 @@ ROWS = [
         "by the environment",
         the_environment_is_seen,
         without(redact, "_secret_values", lambda _: []),
+    ),
+    Row(
+        SECRET,
+        "by the files of vendors",
+        the_files_of_vendors_are_seen,
+        without(redact.key_files, "keys", lambda _: []),
+    ),
+    Row(
+        SECRET,
+        "a URL's password on its own",
+        passwords_of_urls_are_seen,
+        without(redact, "_passwords", lambda _: []),
+    ),
+    Row(
+        SECRET,
+        "in other notations",
+        other_notations_are_seen,
+        without(redact, "_forms", lambda value: {value}),
     ),
 ]

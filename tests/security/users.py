@@ -14,8 +14,8 @@ from typing import Any
 from unittest.mock import patch
 
 from gateway import app
-from gateway.ingest import listener
-from rank_client import rendezvous, spool_place, sweep
+from gateway.ingest import sockets
+from rank_client import orphans, rendezvous, spool_place
 from rank_client.wire.disk import OsDisk
 from tests.flow.job import ROOT
 
@@ -72,7 +72,7 @@ def cannot_connect(_: Path) -> None:
     """Though its folder should be open to all, the socket is not."""
     needs_root()
     with open_place() as place, careless():
-        router = listener.bind([f"ipc://{place}/s"])
+        router = sockets.bind([f"ipc://{place}/s"])
         try:
             assert not stranger_may("connect", place / "s")
         finally:
@@ -177,7 +177,7 @@ def no_foreign_spool(root: Path) -> None:
     stream.mkdir(parents=True)
     with as_user(4321):
         assert spool_place.spool_dir({"RANKGATE_SPOOL": str(root / "spool")}, "r", nothing) is None
-        assert list(sweep._streams(root / "spool")) == []
+        assert list(orphans.stream_directories(root / "spool")) == []
 
 
 def everything_is_ours(patched: Any) -> None:
@@ -206,7 +206,7 @@ def follows_no_link(root: Path) -> None:
 THREAT = "another user of the node"
 
 ROWS = [
-    Row(THREAT, "the socket is 0600", cannot_connect, without(listener.os, "umask", nothing)),
+    Row(THREAT, "the socket is 0600", cannot_connect, without(sockets.os, "umask", nothing)),
     Row(THREAT, "logs are 0600", cannot_read_logs, readable),
     Row(
         THREAT,

@@ -13,12 +13,15 @@ from contextlib import contextmanager
 from typing import Any
 
 from gateway.ingest import media
-from gateway.ingest.media import Blob
+from gateway.ingest.answers import Answers
+from gateway.ingest.drop import Drops
+from gateway.ingest.media import Blob, Job
 from gateway.ingest.peers import Peers
 from gateway.journal.reader import JournalReader
 from gateway.journal.writer import Journal
 from gateway.rules.generations import Generations
 from gateway.rules.project import Projection
+from gateway.sinks import keep
 from gateway.sinks.loop import Loop
 from gateway.sinks.quarantine import Kept
 from rank_client.spool import Spool
@@ -63,12 +66,12 @@ def planted(name: str) -> Iterator[None]:
 
 @mutant("ack before commit")
 def _() -> Patches:
-    right = Peers._ack_body
+    right = Answers.ack_body
 
-    def wrong(self: Peers, stream: Any) -> dict[str, Any]:
+    def wrong(self: Answers, stream: Any) -> dict[str, Any]:
         return right(self, stream) | {"durable": stream.high_water}
 
-    return [(Peers, "_ack_body", wrong)]
+    return [(Answers, "ack_body", wrong)]
 
 
 @mutant("dedupe without stream")
@@ -90,7 +93,7 @@ def _accepts(rule: Callable[[int, int], bool]) -> Patches:
     def wrong(self: Peers, now_ns: int, peer: bytes, frame: bytes, out: Any) -> None:
         head = parts.frames.read_data(frame)
         stream = self.streams.get(head.stream)
-        if stream is not None and stream.blob is None and head.session == self.session:
+        if stream is not None and stream.file is None and head.session == self.session:
             high = stream.journal.streams[stream.id].high_water
             if head.first != high + 1 and rule(head.first, high):
                 stream.journal.streams[stream.id].high_water = head.first - 1
@@ -116,7 +119,7 @@ def _() -> Patches:
     def wrong(self: Peers, now_ns: int, peer: bytes, frame: bytes, out: Any) -> None:
         if len(frame) > 40 and frame[3] == Type.DATA:
             stream = self.streams.get(frame[16:32])
-            if stream is not None and stream.blob is None:
+            if stream is not None and stream.file is None:
                 head = parts.frames.read_data(frame) if _whole(frame) else None
                 if head is not None and head.session != self.session:
                     body = frame[parts.frames.DATA_HEAD_BYTES :]
@@ -448,6 +451,106 @@ def _() -> Patches:
                 self.rows_of.setdefault(keyset, []).append(found)
 
     return [(stores.SimSeries, "apply", wrong)]
+
+
+@mutant("rows are gated by the rules at the end of their fetch")
+def _() -> Patches:
+    right = Projection._gated
+
+    def wrong(self: Projection, kind: str, rank: int, items: int, gate: Any) -> str:
+        return right(self, kind, rank, items, self.gate)
+
+    return [(Projection, "_gated", wrong)]
+
+
+@mutant("rules come with the journal only")
+def _() -> Patches:
+    right = Projection._mapped_event
+
+    def wrong(self: Projection, seq: int, kind: int, body: dict[str, Any]) -> None:
+        if kind != records.Kind.RULES or seq == 1:
+            right(self, seq, kind, body)
+
+    return [(Projection, "_mapped_event", wrong)]
+
+
+@mutant("a file passes by the rules at its last byte")
+def _() -> Patches:
+    right = Projection._whole_media
+
+    def wrong(
+        self: Projection, entry: int, stream: Any, media: int, rule: str, told: tuple[str, int]
+    ) -> None:
+        name, passes = self.gate.decide("media", stream.rank)
+        right(self, entry, stream, media, name if passes else "", told)
+
+    return [(Projection, "_whole_media", wrong)]
+
+
+# --- files that policy drops ----------------------------------------------------------------------
+
+
+def _chosen_with(stores_of: Callable[[list[keep.Taken]], list[keep.Taken]]) -> Patches:
+    """The choice of files, with other stores than there are."""
+    right = keep.choose
+
+    def wrong(reader: Any, policy: Any, stores: Any, is_there: Any) -> dict[str, str]:
+        return right(reader, policy, stores_of(list(stores)), is_there)
+
+    return [(keep, "choose", wrong)]
+
+
+@mutant("a file goes before the last sink's receipt")
+def _() -> Patches:
+    return _chosen_with(lambda stores: stores[:-1])
+
+
+@mutant("a file goes that a sink holds back")
+def _() -> Patches:
+    return _chosen_with(lambda stores: [keep.Taken(s.records, s.aside, set()) for s in stores])
+
+
+@mutant("what was set aside counts as dealt with")
+def _() -> Patches:
+    return [(keep.Taken, "needs", lambda self, record: record not in self.records)]
+
+
+@mutant("a file goes whose record is still to come")
+def _() -> Patches:
+    return [(stores.SimSeries, "media_early", lambda self: set())]
+
+
+@mutant("a file goes before the journal tells of it")
+def _() -> Patches:
+    right = Drops._drop
+
+    def wrong(self: Drops, now_ns: int, blob: Blob, reason: str) -> None:
+        if self._peers.let_go(blob.run, blob.sha256):
+            self._work(Job(b"", blob, "drop"))
+            right(self, now_ns, blob, reason)
+
+    return [(Drops, "_drop", wrong)]
+
+
+@mutant("a file that came again goes all the same")
+def _() -> Patches:
+    right = Drops.carry_out
+
+    def wrong(self: Drops, now_ns: int, run: str, request: Any) -> None:
+        self._peers.newest_blob[run] = 0
+        right(self, now_ns, run, request)
+
+    return [(Drops, "carry_out", wrong)]
+
+
+@mutant("a removal that was cut short is forgotten")
+def _() -> Patches:
+    right = keep.choose
+
+    def wrong(reader: Any, policy: Any, stores: Any, is_there: Any) -> dict[str, str]:
+        return right(reader, policy, stores, lambda sha256: False)
+
+    return [(keep, "choose", wrong)]
 
 
 # --- the sinks ------------------------------------------------------------------------------------

@@ -12,41 +12,56 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gateway.ingest.peers import Peers, Reply
+from gateway.ingest.answers import Reply
+from gateway.ingest.drop import Drops, Request
+from gateway.ingest.media import Job, blob_path
+from gateway.ingest.peers import Peers
 from gateway.journal.reader import JournalReader
 from gateway.journal.writer import Journal, JournalDamaged, SyncFailed
-from gateway.rules.gate import Gate
+from gateway.rules.gate import BUILT_IN, KINDS, Gate, Rule
 from gateway.rules.project import Projection
+from gateway.sinks import keep
 from gateway.sinks.base import RunInfo
 from gateway.sinks.loop import Loop
 from gateway.sinks.retry import Backoff
 from rank_client.counts import read_counts
 from rank_client.media import blob_session
+from rank_client.orphan_source import OrphanSource
 from rank_client.rows import Rows
 from rank_client.sender import Carrier
 from rank_client.spool import Spool
-from rank_client.sweep import OrphanSource
 from rank_client.wire import frames
 from rank_client.wire.records import Kind
 from rank_client.wire.session import ClientSession
 
 from .disk import SimDisk, unharmed
 from .network import SimLink
-from .stores import Killed, SimSeries, SimSink, SimStore
+from .stores import RUN_DIR, Backend, Killed, SimSeries, SimSink, SimStore, taken_of
 
 if TYPE_CHECKING:
     from .world import World
 
 RUN = "r"
-JOURNAL = "/data/runs/r/journal"
+JOURNAL = f"{RUN_DIR}/journal"
 COMMIT_SECONDS = 0.01
 TICK_SECONDS = 1.0
 FINISH_SECONDS = 45.0  #: more than the longest pause before anything is tried again
 SHIP_SECONDS = 30.0
 FILE_CHUNK_BYTES = 100
+KEEP_SECONDS = 1.0  #: between two looks for files that policy drops
+REMOVAL_DEADLY = 0.4  #: how often a gateway dies there: there are few
 ROOM_BYTES = 20_000  #: of free space before a full gateway goes on
 RANK_SEGMENT_BYTES = 1500
+KEYS = ("last.pt", "last.pt", "best.pt")
 JOURNAL_SEGMENT_BYTES = 6000
+
+#: what the rules may change to
+RULES = (
+    BUILT_IN,
+    (Rule("all", KINDS, "all"),),
+    (Rule("rank 1", ("metric",), (1,)), Rule("no files", ("media",), "none"), *BUILT_IN),
+    (Rule("files only", ("media",), "all"), Rule("nothing else", KINDS, "none")),
+)
 
 
 @dataclass
@@ -215,7 +230,8 @@ class RankPart:
                     values["epoch"] = step  # another type: another schema
                 self._note("row", (step, values), lambda s=step, v=values: self.rows.log(v, s))
             elif pick < 0.78:
-                self._log_file(step)
+                for _ in range(1 if self.world.plan.policy.keeps_all else random.randint(1, 2)):
+                    self._log_file(step)
             elif pick < 0.9:
                 text = f"step {step} " + "x" * random.randint(0, 200)
                 body = {"t": text, "l": "info", "w": self.world.wall_ns, "s": step}
@@ -225,8 +241,13 @@ class RankPart:
                 self._note("params", step, lambda b=body: self.spool.append_map(Kind.PARAMS, b))
 
     def _log_file(self, step: int) -> None:
-        data = self.world.random.choice(self.world.files)
-        names = {"what": "file", "key": "f", "name": "f", "s": step, "meta": {}}
+        random = self.world.random
+        data = random.choice(self.world.files)
+        names: dict[str, Any] = {"what": "file", "key": "f", "name": "f", "s": step, "meta": {}}
+        if random.random() < 0.7:
+            data = random.choice((data, data, random.randbytes(90)))
+            meta = {"best": random.random() < 0.3, "final": random.random() < 0.05}
+            names |= {"what": "checkpoint", "key": random.choice(KEYS), "meta": meta}
         body = {**names, "w": self.world.wall_ns}
         self._note("media", data, lambda: self.spool.append_map(Kind.MEDIA, body))
         if self.life.wrote and self.life.wrote[-1] == ("media", data):
@@ -403,6 +424,7 @@ class GatewayPart:
         self.journals, self._routes, self.resting = {}, {}, None
         session = world.random.getrandbits(63) + 1
         self.peers = Peers(session, self, world.plan.budget_bytes, lambda run: False)
+        self.drops = Drops(self.peers, self, self._commit_all, self._remove)
         world.trace("gateway: life %d", self._life)
         world.at(TICK_SECONDS, self._tick, self._life)
         try:
@@ -471,22 +493,22 @@ class GatewayPart:
     def _commit(self) -> bool:
         """False when it died over it."""
         try:
-            return self._commit_all()
+            self._commit_all()
+            return True
         except (OSError, SyncFailed, Killed) as error:
             self.world.trace("gateway: %s; stopping", error)
             self._die()
             return False
 
-    def _commit_all(self) -> bool:
+    def _commit_all(self) -> None:
         self._no_room = frozenset(r for r, journal in self.journals.items() if self._full(journal))
         self._send(self.peers.committed(self._no_room))
         if self.world.random.random() < 0.7:
             self._mark()
-        return True
 
     def _full(self, journal: Journal) -> bool:
         """Commit; True when there was no room: what is buffered waits until there is."""
-        if self.peers.full and self._no_room:
+        if self.peers.room.full and self._no_room:
             return True
         try:
             journal.commit()
@@ -494,7 +516,7 @@ class GatewayPart:
             if error.errno != errno.ENOSPC:
                 raise
             self.world.trace("gateway: disk full")
-            self.peers.full = True
+            self.peers.room.full = True
             return True
         return False
 
@@ -510,8 +532,8 @@ class GatewayPart:
         if life != self._life or not self.up:
             return
         if world.now >= self.stopped_until:
-            if self.peers.full:
-                self.peers.full = self.store.room < ROOM_BYTES
+            if self.peers.room.full:
+                self.peers.room.full = self.store.room < ROOM_BYTES
             try:
                 for run, body in self.peers.tick(world.wall_ns).items():
                     if run in self._no_room:
@@ -520,8 +542,35 @@ class GatewayPart:
             except (OSError, Killed):
                 self._die()
                 return
-            self._commit()
+            if self._commit():
+                self._drop_files()
         world.at(TICK_SECONDS, self._tick, life)
+
+    def _drop_files(self) -> None:
+        """What policy asked for; a request is gone once it is read."""
+        world = self.world
+        request, world.request = world.request, None
+        if request is None:
+            return
+        try:
+            self.drops.carry_out(world.wall_ns, RUN, request)
+        except (OSError, SyncFailed, Killed) as error:
+            world.trace("gateway: %s; stopping", error)
+            self._die()
+
+    def _remove(self, job: Job) -> None:
+        self.world.checks.removes(job.blob.sha256)
+        self.world.trace("gateway: removes %s", job.blob.sha256[:8])
+        self.world.kill_now("before a removal", REMOVAL_DEADLY)
+        job.run()
+        self.drops.done(job)
+
+    def change_rules(self) -> None:
+        """Other ranks' items pass from here on."""
+        if self.up and RUN in self.journals:
+            rules = self.world.random.choice(RULES)
+            maps = {"rules": Gate(rules).as_maps()}
+            self.journals[RUN].append_map(Kind.RULES, self.world.wall_ns, maps)
 
     def _send(self, out: list[Reply]) -> None:
         world = self.world
@@ -588,11 +637,38 @@ class RulesPart:
             world.kill_now("rules, after their transaction")
 
 
-class SinkPart:
-    """One sink's process."""
+class KeepPart:
+    """The supervisor's look at which files policy keeps."""
 
     def __init__(self, world: World) -> None:
         self.world = world
+
+    def wake(self) -> None:
+        world = self.world
+        if reasons := self.surplus():
+            assert world.series is not None
+            world.request = Request(world.series.journal, world.series.cursor, reasons)
+            world.trace("policy: drops %s", [sha256[:8] for sha256 in reasons])
+        world.at(KEEP_SECONDS, self.wake)
+
+    def surplus(self) -> dict[str, str]:
+        world = self.world
+        if world.series is None or world.plan.policy.keeps_all:
+            return {}
+        stores = (taken_of(sink.committed) for sink in world.sinks)
+        series: Any = world.series
+        return keep.choose(series, world.plan.policy, stores, self._is_there)
+
+    def _is_there(self, sha256: str) -> bool:
+        return str(blob_path(RUN_DIR, sha256)) in self.world.gateway_disk.files
+
+
+class SinkPart:
+    """One sink's process."""
+
+    def __init__(self, world: World, backend: Backend) -> None:
+        self.world = world
+        self.backend = backend
         self.committed: dict[str, Any] = {}
         self._loop: Loop | None = None
         self._series: SimSeries | None = None
@@ -612,6 +688,8 @@ class SinkPart:
             if self._loop is not None:
                 wait = self._loop.step()
                 assert not self._loop.off, self._loop.off
+                missed = self.backend.missed and not world.checks.replaced
+                assert not missed, f"a sink misses {self.backend.missed}"
                 if self._loop.done:
                     self.kill()
         except Killed:
@@ -622,7 +700,8 @@ class SinkPart:
     def _begin(self) -> Loop:
         world = self.world
         store = SimStore(self.committed, world.kill_now)
-        sink = SimSink(world.backend, world.kill_now)
+        has = lambda path: str(path) in world.gateway_disk.files  # noqa: E731
+        sink = SimSink(self.backend, world.kill_now, has)
         info = RunInfo(RUN, "p", "n", (), 0)
         backoff = Backoff(world.random.random)
         return Loop(world.series, store, sink, info, backoff)  # type: ignore[arg-type]

@@ -15,14 +15,17 @@ from typing import Any
 
 import numpy as np
 
+from gateway.ingest.media import blob_path
 from gateway.rules.changes import Changes
 from gateway.rules.project import Projection
 from gateway.rules.rows import TAIL_HEAD_COLUMNS
-from gateway.series.reader import About, Block, FeedEntry, MediaRow, StreamRow
-from gateway.sinks.base import Item, Memory, Refused, Rows, RunInfo, Sent, Unavailable
+from gateway.series.tables import About, Block, FeedEntry, MediaRow, StreamRow
+from gateway.sinks.base import Item, Media, Memory, Refused, Rows, RunInfo, Sent, Unavailable
+from gateway.sinks.keep import HOLDS, Taken
 from gateway.sinks.quarantine import Kept, Row
 from gateway.sinks.store import Spans
 
+RUN_DIR = Path("/data/runs/r")
 _STREAM_FIELDS = StreamRow.__slots__[3:]
 
 
@@ -33,7 +36,7 @@ class Killed(BaseException):
 class SimSeries:
     """series.db: the committed projection of one journal, as a sink reads it."""
 
-    run_dir = Path("/run")
+    run_dir = RUN_DIR
 
     def __init__(self, journal: bytes, build: bytes) -> None:
         self.journal = journal
@@ -48,7 +51,9 @@ class SimSeries:
         self.losses: list[tuple[Any, ...]] = []
         self._streams: list[StreamRow] = []
         self._feed: list[FeedEntry] = []
-        self.media: dict[tuple[int, int], MediaRow] = {}
+        self.files: dict[tuple[int, int], MediaRow] = {}
+        self._passed: set[tuple[int, int]] = set()
+        self._early: set[str] = set()
         self._texts: dict[tuple[int, int], tuple[Any, ...]] = {}
         self._maps: dict[tuple[str, int, int], tuple[int, dict[str, Any]]] = {}
         self._keys: dict[int, tuple[str, str]] = {}
@@ -65,14 +70,7 @@ class SimSeries:
             self._texts[stream, seq] = (wall, step, level, text)
         for kind, stream, seq, wall, values in changes.maps:
             self._maps[kind, stream, seq] = (wall, values)
-        for stream, seq, wall, step, what, key, name, meta, _rule in changes.media:
-            about = (wall, step, what, key, name, meta)
-            self.media[stream, seq] = MediaRow(stream, seq, *about, None, None, None)
-        for reason, stream, seq in changes.lost_media:
-            self.media[stream, seq] = replace(self.media[stream, seq], lost=reason)
-        for sha256, size, stream, seq in changes.blobs:
-            whole = {"sha256": sha256, "size_bytes": size, "lost": None}
-            self.media[stream, seq] = replace(self.media[stream, seq], **whole)
+        self._apply_media(changes)
         self._feed += [
             FeedEntry(len(self._feed) + i, *entry) for i, entry in enumerate(changes.feed, 1)
         ]
@@ -84,10 +82,33 @@ class SimSeries:
         ]
         self.state = projection.state()
         self.counters = dict(projection.counters)
+        self._early = {sha256 for sha256, _ in projection.early_blobs.values()}
         self.cursor = changes.cursor or self.cursor
         self.chunks.append(self.cursor)
 
-    # --- what a sink's loop reads ----------------------------------------------------------------
+    def _apply_media(self, changes: Changes) -> None:
+        for stream, seq, wall, step, what, key, name, meta, rule in changes.media:
+            about = (wall, step, what, key, name, meta)
+            self.files[stream, seq] = MediaRow(stream, seq, *about, None, None, None)
+            if rule:
+                self._passed.add((stream, seq))
+        for reason, stream, seq in changes.lost_media:
+            self.files[stream, seq] = replace(self.files[stream, seq], lost=reason)
+        came = 0
+        for before, dropped, reason in changes.dropped:
+            self._apply_blobs(changes.blobs[came:before])
+            came = before
+            for place, row in self.files.items():
+                if row.sha256 == dropped:
+                    self.files[place] = replace(row, lost=reason)
+        self._apply_blobs(changes.blobs[came:])
+
+    def _apply_blobs(self, blobs: list[tuple[str, int, int, int]]) -> None:
+        for sha256, size, stream, seq in blobs:
+            whole = {"sha256": sha256, "size_bytes": size, "lost": None}
+            self.files[stream, seq] = replace(self.files[stream, seq], **whole)
+
+    # --- what a sink's loop and the choice of files read -----------------------------------------
 
     def about(self) -> About:
         return About(
@@ -121,7 +142,16 @@ class SimSeries:
         return self._texts[stream, seq]
 
     def media_at(self, stream: int, seq: int) -> MediaRow:
-        return self.media[stream, seq]
+        return self.files[stream, seq]
+
+    def media(self) -> list[MediaRow]:
+        return sorted(self.files.values(), key=lambda row: (row.wall_ns, row.stream, row.seq))
+
+    def media_early(self) -> set[str]:
+        return self._early
+
+    def media_passed(self) -> set[tuple[int, int]]:
+        return self._passed
 
     def map_at(self, kind: str, stream: int, seq: int) -> tuple[int, dict[str, Any]]:
         return self._maps[kind, stream, seq]
@@ -192,6 +222,7 @@ class SimStore:
                 "media": {*kept.get("media", ()), *media},
                 "quarantine": [*kept.get("quarantine", ()), *quarantine],
                 "delivered": kept.get("delivered", 0) + delivered,
+                "skipped": Counter(kept.get("skipped", {})) + Counter(skipped),
                 "intent": dict(intended),
             }
         )
@@ -201,6 +232,13 @@ class SimStore:
         self._kill("before a commit")
         self._kept.update(values)
         self._kill("after a commit")
+
+
+def taken_of(committed: dict[str, Any]) -> Taken:
+    """What `keep.taken_by` reads of a sink's store."""
+    aside = {(k.stream, k.seq) for k in committed.get("quarantine", ()) if k.kind == "media"}
+    held = committed.get(f"memory {HOLDS}")
+    return Taken(set(committed.get("media", ())), aside, set(held or ()))
 
 
 Identity = tuple[bytes, int, str]
@@ -222,19 +260,27 @@ class Backend:
         self.away = False
         self.flaky = 0.0
         self.poison = ""  #: a key it will never take
+        self.missed: list[Path] = []  #: files that were not there when they were to be sent
 
 
 class SimSink:
-    """Delivers to a `Backend`, reading back what a batch sent `again` may already have left."""
+    """Delivers to a `Backend`, reading back what a batch sent `again` may already have left.
 
-    def __init__(self, backend: Backend, kill: Callable[[str], None]) -> None:
+    A checkpoint it holds back now and then: its receipt comes first, its bytes are needed later.
+    """
+
+    def __init__(
+        self, backend: Backend, kill: Callable[[str], None], has: Callable[[Path], bool]
+    ) -> None:
         self.stop_asked = ""
         self._backend = backend
         self._kill = kill
+        self._has = has
 
     def open(self, run: RunInfo, memory: Memory) -> None:
         if self._backend.away:
             raise Unavailable("away")
+        self._memory = memory
 
     def send(self, batch: Sequence[Item], again: bool) -> Sent:
         backend = self._backend
@@ -243,6 +289,7 @@ class SimSink:
         names = [name for item in batch for name in identities(item)]
         if backend.poison and any(name[2] == backend.poison for name in names):
             raise Refused("poison")
+        self._read_files([item for item in batch if isinstance(item, Media)])
         missing = [n for n in names if n not in backend.have] if again else names
         faulty = backend.random.random() < backend.flaky
         arrives = backend.random.randint(0, len(missing)) if faulty else len(missing)
@@ -252,5 +299,25 @@ class SimSink:
             raise Unavailable("the answer was lost")
         return Sent(delivered=sum(item.items for item in batch))
 
+    def _read_files(self, files: list[Media]) -> None:
+        random, held = self._backend.random, self._memory.get(HOLDS)
+        if held and random.random() < 0.1:
+            self._read(blob_path(RUN_DIR, held[0]))
+            self._memory.put(HOLDS, None)
+            held = None
+        for file in files:
+            if file.what == "checkpoint" and not held and random.random() < 0.5:
+                held = [file.sha256]
+                self._memory.put(HOLDS, held)
+            else:
+                self._read(file.path)
+
+    def _read(self, path: Path) -> None:
+        if not self._has(path):
+            self._backend.missed.append(path)
+
     def close(self, state: str, reason: str) -> Sent:
+        if held := self._memory.get(HOLDS):
+            self._read(blob_path(RUN_DIR, held[0]))
+            self._memory.put(HOLDS, None)
         return Sent()

@@ -14,15 +14,27 @@ from typing import Any
 from zlib import crc32
 
 import gateway.ingest.media
-import gateway.ingest.peers
+import gateway.ingest.room
 import rank_client.rows
 import rank_client.spool
+from gateway.ingest.drop import Request
+from gateway.sinks.keep import Policy
 from rank_client.wire import frames
 
 from .checks import Checks
 from .disk import SimDisk
 from .network import CLEAR, Network, Weather
-from .parts import FILE_CHUNK_BYTES, RUN, GatewayPart, Life, RankPart, RulesPart, Shipment, SinkPart
+from .parts import (
+    FILE_CHUNK_BYTES,
+    RUN,
+    GatewayPart,
+    KeepPart,
+    Life,
+    RankPart,
+    RulesPart,
+    Shipment,
+    SinkPart,
+)
 from .stores import Backend, Killed, SimSeries
 
 DRAIN_SECONDS = 60.0  #: after the heal
@@ -41,6 +53,8 @@ class Plan:
     cap_bytes: int
     budget_bytes: int
     kill_chance: float
+    policy: Policy
+    sinks: int
     faults: list[tuple[float, str]]
 
 
@@ -65,12 +79,18 @@ FAULTS = {
     "clock jumps": 1,
     "rebuild series": 3,
     "another shipper": 1,
+    "rules change": 3,
     "doom somebody": 4,
 }
 DOOMS = (
     "before write", "before sync", "before truncate", "before create", "before rename",
+    "before unlink", "before sync of a directory",
     "rules, before their transaction", "rules, after their transaction",
     "before a commit", "after a delivery", "after a commit",
+)  # fmt: skip
+POLICIES = (
+    *(Policy("all", 0),) * 4, Policy("last", 0), Policy("best", 0), Policy("all", 400),
+    Policy("last", 300),
 )  # fmt: skip
 RARE = ("journal restored", "journal deleted")
 
@@ -98,6 +118,8 @@ def plan(random: Random) -> Plan:
         cap_bytes=random.choice((2500, 6000, 1 << 30)),
         budget_bytes=random.choice((4000, 20_000, 1 << 20)),
         kill_chance=random.choice((0.0, 0.0, 0.01, 0.05)),
+        policy=random.choice(POLICIES),
+        sinks=1 if random.random() < 0.88 else 2,
         faults=sorted(faults),
     )
 
@@ -126,19 +148,24 @@ class World:
         self.checks = Checks(self)
         #: few, so that ranks log the same ones
         self.files = [self.random.randbytes(size) for size in (0, 40, 250)]
-        self.backend = Backend(self.random)
-        self.backend.flaky = self.random.choice((0.0, 0.3))
-        self.backend.poison = self.random.choice(("", "", "epoch"))
         self.series: SimSeries | None = None
         self.gateway = GatewayPart(self)
         self.rules = RulesPart(self)
-        self.sink = SinkPart(self)
+        self.sinks = [SinkPart(self, self._backend()) for _ in range(self.plan.sinks)]
+        self.keep = KeepPart(self)
+        self.request: Request | None = None  #: what policy asked for
         self.lives: list[Life] = []
         self.ranks: list[RankPart] = []
         self.shipments: list[Shipment] = []
         self.links = 0
         self._doom = ""  #: whoever comes to this instruction next dies there
         self._copy: dict[str, bytes] = {}
+
+    def _backend(self) -> Backend:
+        made = Backend(self.random)
+        made.flaky = self.random.choice((0.0, 0.3))
+        made.poison = self.random.choice(("", "", "", "epoch", "epoch", "media"))
+        return made
 
     # --- time ------------------------------------------------------------------------------------
 
@@ -158,11 +185,11 @@ class World:
         """Has nothing bad happened for so long?"""
         return self.now >= self.plan.heal + seconds
 
-    def kill_now(self, where: str) -> None:
+    def kill_now(self, where: str, chance: float = 0.0) -> None:
         """Die at this instruction, by chance."""
         if self.now >= self.plan.heal:
             return
-        if where == self._doom or self.random.random() < self.plan.kill_chance:
+        if where == self._doom or self.random.random() < max(chance, self.plan.kill_chance):
             if where == self._doom and self.random.random() < 0.3:
                 self.at(0.0, self._rebuild_series)
             self._doom = ""
@@ -179,7 +206,11 @@ class World:
                 self.at(self.random.uniform(0.0, self.plan.heal), self.gateway.start)
             self.new_group()
             self.rules.wake()
-            self.sink.wake()
+            self.sinks[0].wake()
+            for later in self.sinks[1:]:
+                self.at(self.random.uniform(0.0, self.plan.heal), later.wake)
+            if not self.plan.policy.keeps_all:
+                self.keep.wake()
             self.at(1.0, self._sweep)
             for when, name in self.plan.faults:
                 self.at(when, self._befall, name)
@@ -303,7 +334,7 @@ class World:
     def _gateway_back(self) -> None:
         if self.random.random() < 0.5:
             self.rules.kill()
-            self.sink.kill()
+            self._kill_sinks()
         self._for_a_while(self.gateway.start)
 
     def _gateway_loses_power(self) -> None:
@@ -314,8 +345,10 @@ class World:
     def lose_gateway_power(self) -> None:
         self.trace("gateway: its node loses power")
         self.rules.kill()
-        self.sink.kill()
+        self._kill_sinks()
         self.gateway_disk.lose_power()
+        if self.random.random() < 0.5:
+            self.request = None
 
     def _gateway_leaves(self) -> None:
         self.gateway.leave()
@@ -335,18 +368,28 @@ class World:
         self.rules.kill()
 
     def _kill_sink(self) -> None:
-        self.sink.kill()
+        self.random.choice(self.sinks).kill()
+
+    def _kill_sinks(self) -> None:
+        for sink in self.sinks:
+            sink.kill()
 
     def _backend_away(self) -> None:
-        self.backend.away = True
-        self._for_a_while(lambda: setattr(self.backend, "away", False), 10.0)
+        backend = self.random.choice(self.sinks).backend
+        backend.away = True
+        self._for_a_while(lambda: setattr(backend, "away", False), 10.0)
+
+    def _rules_change(self) -> None:
+        for _ in range(self.random.randint(1, 8)):
+            self._for_a_while(self.gateway.change_rules, 12.0)
+        self.checks.rules_changed = True
 
     def _clock_jumps(self) -> None:
         self._clock_ns += int(self.random.uniform(-600, 600) * 1e9)
 
     def _rebuild_series(self) -> None:
         self.rules.kill()
-        self.sink.kill()
+        self._kill_sinks()
         self.series = None
 
     def _another_shipper(self) -> None:
@@ -382,7 +425,8 @@ class World:
         self.gateway_disk.failing_syncs = 0
         for disk in self.rank_disks:
             disk.room = 1 << 40
-        self.backend.away, self.backend.flaky = False, 0.0
+        for sink in self.sinks:
+            sink.backend.away, sink.backend.flaky = False, 0.0
         self.gateway.stopped_until = min(self.gateway.stopped_until, self.now)
         for rank in self.ranks:
             rank.stopped_until = min(rank.stopped_until, self.now)
@@ -400,7 +444,7 @@ SMALL = {
     (rank_client.spool, "RING_BYTES"): 6000,
     (rank_client.spool, "MARK_BYTES"): 300,
     (frames, "MAX_DATA_BYTES"): 900,
-    (gateway.ingest.peers, "CREDIT_FLOOR_BYTES"): 1200,
+    (gateway.ingest.room, "CREDIT_FLOOR_BYTES"): 1200,
     (gateway.ingest.media, "CHUNK_BYTES"): FILE_CHUNK_BYTES,
     (gateway.ingest.media, "SYNC_BYTES"): 200,
 }

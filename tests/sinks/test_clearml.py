@@ -31,6 +31,7 @@ from gateway.sinks.base import (
     Unavailable,
 )
 from gateway.sinks.clearml import ClearmlConfig, ClearmlSink
+from gateway.sinks.clearml_events import public
 from gateway.sinks.clearml_export import ClearmlExport
 from gateway.sinks.clearml_records import configuration
 from gateway.sinks.loop import KEEP_ALIVE_SECONDS
@@ -217,6 +218,20 @@ class TestOpen:
         assert only_task(server)
 
 
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://files.example.org/a", "https://files.example.org/a"),
+        ("https://me:p%40ss@files.example.org:8081/a@b", "https://files.example.org:8081/a@b"),
+        ("http://me@[::1]:1", "http://[::1]:1"),
+        ("", ""),
+    ],
+)
+def test_an_address_that_others_may_read(address: str, shown: str) -> None:
+    """Without the password by which we reach the file server, which stands before its host."""
+    assert public(address) == shown
+
+
 class TestCannotWork:
     def test_missing_package(self, server: ClearmlServer, monkeypatch: pytest.MonkeyPatch) -> None:
         """Without the package the sink is off and says what to install, in one line."""
@@ -224,6 +239,15 @@ class TestCannotWork:
         with pytest.raises(Off, match=r"pip install 'rankgate\[clearml\]'") as caught:
             ClearmlSink().open(RUN, MemoryDict())
         assert "\n" not in str(caught.value)
+
+    def test_another_version(self, server: ClearmlServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What no documentation promises is looked for at once: without the method that is
+        replaced here, the vendor's own would repeat requests."""
+        from clearml.backend_api import Session
+
+        monkeypatch.delattr(Session, "_send_request")
+        with pytest.raises(Off, match=r"no _send_request.*pip install 'rankgate\[clearml\]'"):
+            ClearmlSink().open(RUN, MemoryDict())
 
     def test_missing_credentials(self, vendor_env: dict[str, str], tmp_path: Path) -> None:
         """Without credentials the sink is off, names the variables and writes no file at home."""

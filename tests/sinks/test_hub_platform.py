@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections import Counter
@@ -698,10 +699,52 @@ def test_every_line_of_a_rank_is_marked(server: PlatformServer, memory: MemoryDi
 def test_source_goes_to_the_environment(server: PlatformServer, memory: MemoryDict) -> None:
     """What code ran is told apart from the training's arguments."""
     values = {"source/commit": "c0ffee", "source/packages": "a==1\nb==2", "lr": 0.1}
+    values["source/branch"] = "HEAD"  # none is checked out
     opened(memory).send([Params(STREAM, 0, 1, 1, values)], again=False)
     model = server.models[server.only()]
     assert model.train_args == {"lr": "0.1"}
     assert model.start["environment"] == {"hostname": "", "gitCommit": "c0ffee"}
+
+
+def test_the_environment_has_the_originals_fields(
+    server: PlatformServer, memory: MemoryDict
+) -> None:
+    """Numbers are numbers there, and a commit is as short as in the original."""
+    values = {
+        "source/commit": "0123456789abcdef0123456789abcdef01234567",
+        "source/commit_message": "Learn more slowly",
+        "source/cpu": "AMD EPYC",
+        "source/cpu_count": 64,
+        "source/memory_gib": 503.5,
+        "source/disk_gib": 252.0,
+        "source/gpu": "NVIDIA H200, 143156MiB",
+        "source/gpu_count": 2,
+        "source/ultralytics": "8.4.190",
+        "source/environment": "Docker",
+    }
+    opened(memory).send([Params(STREAM, 0, 1, 1, values)], again=False)
+    model = server.models[server.only()]
+    assert model.train_args == {}
+    assert model.start["environment"] == {
+        "hostname": "",
+        "gitCommit": "0123456789ab",
+        "gitCommitMessage": "Learn more slowly",
+        "cpu": "AMD EPYC",
+        "cpuCount": 64,
+        "totalRamGb": 503.5,
+        "totalDiskGb": 252.0,
+        "gpuType": "NVIDIA H200, 143156MiB",
+        "gpuCount": 2,
+        "ultralyticsVersion": "8.4.190",
+        "environment": "Docker",
+    }
+
+
+def test_a_text_in_a_numbers_place_is_told_as_it_is(
+    server: PlatformServer, memory: MemoryDict
+) -> None:
+    opened(memory).send([Params(STREAM, 0, 1, 1, {"source/cpu_count": "many"})], again=False)
+    assert server.models[server.only()].start["environment"]["cpuCount"] == "many"
 
 
 def test_a_second_end_tells_the_first_one_too(
@@ -731,7 +774,110 @@ def test_a_curve_is_thinned_evenly(tmp_path: Path) -> None:
     found = results.curve(tmp_path / "table", "pr_curve")
     assert found is not None
     assert found["x"] == pytest.approx([i / 100 for i in range(101)])
-    assert found["y"] == pytest.approx([10 * i for i in range(101)])
+    assert found["y"] == [pytest.approx([10 * i for i in range(101)])]
+
+
+def table(folder: Path, seq: int, key: str, columns: list[str], table_rows: list[Any]) -> Media:
+    body = json.dumps({"columns": columns, "rows": table_rows}).encode()
+    return replace(media(folder, seq, body, "table"), key=key)
+
+
+CURVE = ("Curves/pr_curve", ["x", "cat", "owl"], [[0, 1.0, 0.5], [1, 0.5, 0.0]])
+PRECISION = (
+    "Results/average_precision",
+    ["class", "name", "0.50", "0.95"],
+    [[0, "cat", 0.5, "nan"], [2, "owl", 0.25, 0.125]],
+)
+MATRIX = (
+    "Results/confusion_matrix",
+    ["predicted", "cat", "background"],
+    [["cat", 3.0, 1.0], ["background", 2.0, 0.0]],
+)
+IMAGES = (
+    "Results/images",
+    ["image", "f1", "tp", "fp", "fn"],
+    [["b_7.jpg", 0.5, 1, 1, 1], ["a.jpg", 1.0, 2, 0, 0], ["a_1.jpg", 0.5, 2, 2, 2]],
+)
+
+
+def test_what_a_validation_found_is_in_the_results(
+    server: PlatformServer, memory: MemoryDict, tmp_path: Path
+) -> None:
+    """Average precisions beside their curve, with the numbers of its classes where some had no
+    labels; the confusion matrix without its names; pictures by their F1, the worst first."""
+    sink = opened(memory)
+    names = summary(2, **{"model/names": '["cat", "dog", "owl"]'})
+    tables = [
+        table(tmp_path, seq, *one)
+        for seq, one in enumerate((PRECISION, CURVE, IMAGES, MATRIX), start=3)
+    ]
+    parts = [sink.send([rows(1, epoch=0, x=1.0), names, *tables], False)]
+    parts.append(sink.close("completed", ""))
+    found = server.models[server.only()].complete
+    assert found["plots"] == [
+        {
+            "type": "pr_curve",
+            "x": [0, 1],
+            "y": [[1.0, 0.5], [0.5, 0.0]],
+            "ap": [[0.5, None], [0.25, 0.125]],
+            "classes": [0, 2],
+        },
+        {"type": "confusion_matrix", "matrix": [[3.0, 1.0], [2.0, 0.0]]},
+    ]
+    ranked = [["a", 2, 2, 2], ["b", 1, 1, 1], ["a", 2, 0, 0]]
+    assert found["results"]["validation"] == {
+        "population": 3,
+        "sampling": "f1_rank",
+        "rows": ranked,
+        "extremes": {"worst": ranked, "best": ranked[::-1]},
+    }
+    assert total(*parts) == (2 + 1 + 4, {})
+
+
+def test_every_class_seen_needs_no_numbers(
+    server: PlatformServer, memory: MemoryDict, tmp_path: Path
+) -> None:
+    """Where the validation had labels of all classes, the curve does not say which they are."""
+    sink = opened(memory)
+    names = summary(2, **{"model/names": '["cat", "owl"]'})
+    tables = [table(tmp_path, 3, *CURVE), table(tmp_path, 4, *PRECISION)]
+    sink.send([rows(1, epoch=0, x=1.0), names, *tables], False)
+    sink.close("completed", "")
+    [plot] = server.models[server.only()].complete["plots"]
+    assert (len(plot["ap"]), "classes" in plot) == (2, False)
+
+
+@pytest.mark.parametrize(
+    "one",
+    [
+        PRECISION,
+        ("Results/confusion_matrix", ["predicted", "cat"], [["cat", 1, 2]]),
+        ("Results/confusion_matrix", ["predicted", "cat"], [["cat", "many"]]),
+        ("Results/images", ["image", "f1"], [["a.jpg", "good"]]),
+        ("Results/images", ["image"], [["a.jpg"]]),
+    ],
+)
+def test_a_table_of_a_results_name_and_another_form_is_skipped(
+    server: PlatformServer, memory: MemoryDict, tmp_path: Path, one: tuple[str, Any, Any]
+) -> None:
+    """Precisions without their curve, a matrix that is not square, texts for numbers."""
+    sink = opened(memory)
+    parts = [sink.send([rows(1, epoch=0, x=1.0), table(tmp_path, 2, *one)], False)]
+    parts.append(sink.close("completed", ""))
+    found = server.models[server.only()].complete
+    assert "plots" not in found and "validation" not in found["results"]
+    assert total(*parts) == (2, {platform.NO_CURVE: 1})
+
+
+def test_of_many_pictures_a_sample_is_told() -> None:
+    """Of 12,001 pictures 5,000 at equal distances, the worst and the best hundred whole."""
+    found = results.validation([[f"{i}.jpg", i / 12_000, i, 0, 0] for i in range(12_001)])
+    hits = [row[1] for row in found["rows"]]
+    assert (found["population"], len(hits), hits[0], hits[-1]) == (12_001, 5_000, 0, 12_000)
+    assert {b - a for a, b in itertools.pairwise(hits)} == {2, 3}
+    worst, best = found["extremes"]["worst"], found["extremes"]["best"]
+    assert [row[1] for row in worst] == list(range(100))
+    assert [row[1] for row in best] == list(range(12_000, 11_900, -1))
 
 
 ULTRALYTICS = RunInfo("run-1", "digits", "Digits run", (), 1, source="ultralytics")
@@ -765,7 +911,7 @@ def test_an_ultralytics_run_keeps_its_names(
     results = server.finals(model.id)
     assert results and results["metrics"]["metrics/mAP50(B)"] == 0.9
     assert model.complete["classNames"] == ["cat", "dog"]
-    assert model.complete["plots"] == [{"type": "PR_curve", "x": [0, 0.5], "y": [1, 0.5]}]
+    assert model.complete["plots"] == [{"type": "PR_curve", "x": [0, 0.5], "y": [[1, 0.5]]}]
     assert total(*parts) == (2 * 4 + 3, {"not in the original": 2})
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gateway.series.reader import MediaRow
-from gateway.sinks.keep import HOLDS, Policy, surplus, taken_by
+from gateway.series.reader import Reader
+from gateway.series.tables import MediaRow
+from gateway.sinks.keep import HOLDS, Policy, choose, surplus, taken_by
 from gateway.sinks.quarantine import Kept
 from gateway.sinks.store import Store
+from rank_client.wire.records import Kind
+from tests.build import RunBuilder
 
 
 def row(seq: int, key: str = "m.pt", size: int = 10, stream: int = 0, **meta: Any) -> MediaRow:
@@ -68,6 +72,20 @@ def test_equal_content_counts_once() -> None:
     assert dropped([one, two], "all", 10) == []
 
 
+def test_a_file_whose_record_is_still_to_come_stays(tmp_path: Path) -> None:
+    """Files travel beside the records: nobody knows yet what the same bytes were logged as."""
+    made = RunBuilder(tmp_path, "r1")
+    [rank] = made.ranks(1)
+    rank.media("last.pt", b"old", "checkpoint").media("last.pt", b"new", "checkpoint").flush()
+    old = {hashlib.sha256(b"old").hexdigest(): 'media dropped by policy (checkpoints = "last")'}
+    early = {"media": rank.last + 1, "sha256": next(iter(old)), "size": 3}
+    with Reader(made.close()) as reader:
+        assert choose(reader, Policy("last", 0), [], lambda sha256: True) == old
+    made.entry(Kind.BLOB, {"stream": rank.stream, **early})
+    with Reader(made.close()) as reader:
+        assert choose(reader, Policy("last", 0), [], lambda sha256: True) == {}
+
+
 def test_what_a_sink_has_taken_and_still_needs(tmp_path: Path) -> None:
     """Files in quarantine are not dealt with, and those that are held back are named."""
     store = Store(tmp_path / "hub.db")
@@ -84,5 +102,7 @@ def test_what_a_sink_has_taken_and_still_needs(tmp_path: Path) -> None:
         about={},
     )
     store.close()
-    assert taken_by(tmp_path / "hub.db") == ({(b"s" * 16, 1)}, {"ab" * 32})
-    assert taken_by(tmp_path / "nothing.db") == (set(), set())
+    taken = taken_by(tmp_path / "hub.db")
+    assert [taken.needs((b"s" * 16, seq)) for seq in (1, 2, 3)] == [False, True, True]
+    assert taken.held == {"ab" * 32}
+    assert taken_by(tmp_path / "nothing.db").needs((b"s" * 16, 1))

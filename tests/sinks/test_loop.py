@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import apsw
 import pytest
 
 from gateway.rules.follow import Follower, rebuild
-from gateway.series.reader import FeedEntry, Reader
-from gateway.sinks.base import Item, Off, Refused, Rows, Sent, Unavailable
-from gateway.sinks.loop import DEADLY, KEEP_ALIVE_SECONDS, Loop
+from gateway.series.reader import Reader
+from gateway.series.tables import FeedEntry
+from gateway.sinks.base import Item, Media, Off, Refused, Rows, Sent, Unavailable
+from gateway.sinks.loop import DEADLY, FILES_SECONDS, KEEP_ALIVE_SECONDS, Loop
 from gateway.sinks.memory import MemorySink
 from gateway.sinks.process import run_info
 from gateway.sinks.retry import TOP_SECONDS, Backoff, asked_seconds
@@ -311,6 +312,51 @@ def test_nothing_to_deliver_for_a_minute_still_calls_the_sink(tmp_path: Path) ->
         waited += driven.loop.step()
     assert driven.sink.again == [False, False]
     assert read_view(driven.path).delivered == 1
+
+
+def ended_before_its_file(tmp_path: Path) -> tuple[Driven, Callable[[], None]]:
+    """A run at its end whose last file is still on its way, and what makes it arrive."""
+    made = RunBuilder(tmp_path, "r1")
+    rank = made.rank(0).media("best.pt", b"", what="checkpoint", arrives=False)
+    number = rank.last
+    rank.end(bye=False)
+
+    def arrive() -> None:
+        rank.arrive(number, b"weights")
+        made.journal.commit()
+        made.journal.mark()
+        follower = Follower(made.path)
+        while follower.step():
+            pass
+        follower.close()
+
+    return Driven(made.close(), MemorySink()), arrive
+
+
+def test_a_backends_run_is_open_until_the_last_file_is_here(tmp_path: Path) -> None:
+    """A rank tells its end before its last files are sent; closed then, the backend's run would be
+    opened again for them."""
+    driven, arrive = ended_before_its_file(tmp_path)
+    waited = 0.0
+    while waited < FILES_SECONDS / 2:
+        waited += driven.loop.step()
+    assert not driven.sink.closed
+    arrive()
+    driven.run()
+    assert [type(item) for item in driven.sink.received] == [Media]
+    assert driven.sink.closed == [("completed", "")]
+    driven.check()
+
+
+def test_a_file_that_never_comes_does_not_keep_a_run_open(tmp_path: Path) -> None:
+    """Its rank's node may be gone; it is waited for as long as its rank would have."""
+    driven, _ = ended_before_its_file(tmp_path)
+    waited = 0.0
+    while not driven.loop.done:
+        waited += driven.loop.step()
+        assert waited < FILES_SECONDS + 1
+    assert waited >= FILES_SECONDS
+    assert driven.sink.closed == [("completed", "")]
 
 
 def test_items_that_come_with_the_end_are_delivered_before_it(

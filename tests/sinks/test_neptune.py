@@ -34,7 +34,7 @@ from gateway.sinks.base import (
 from gateway.sinks.neptune import NeptuneConfig, NeptuneSink
 from gateway.sinks.neptune_export import NeptuneExport
 from gateway.sinks.neptune_plan import VALUE_CHARACTERS, cut, seconds
-from gateway.sinks.neptune_run import custom_run_id
+from gateway.sinks.neptune_run import Package, custom_run_id
 from gateway.sinks.pieces import split
 from tests.servers.base import Reply
 from tests.servers.neptune import CHUNK_BYTES, NeptuneServer, token
@@ -873,6 +873,28 @@ def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(Off, match=r"pip install 'rankgate\[neptune\]'") as caught:
         open_plain()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("module", "of", "name"),
+    [
+        ("neptune.internal.operation", "", "LogFloats"),
+        ("neptune.common.backends.utils", "", "retries_timeout"),
+        ("neptune.internal.backends.hosted_neptune_backend", "HostedNeptuneBackend",
+         "get_float_series_values"),
+    ],
+)  # fmt: skip
+def test_another_version_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, server: NeptuneServer, module: str, of: str, name: str
+) -> None:
+    """What no documentation promises is looked for at once, not when the first point fails."""
+    Package.load("neptune")  # in its own way: its dependencies warn when imported
+    found = importlib.import_module(module)
+    for place in getattr(found, of).__mro__ if of else [found]:
+        if name in vars(place):
+            monkeypatch.delattr(place, name)
+    with pytest.raises(Off, match=rf"no {name}.*pip install 'rankgate\[neptune\]'"):
+        open_plain()
 
 
 def test_a_server_that_is_down_is_unavailable(

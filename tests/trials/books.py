@@ -18,7 +18,8 @@ from gateway.journal.reader import JournalReader
 from gateway.rules.follow import rebuild
 from gateway.rules.project import ITEM_KINDS
 from gateway.series.db import open_reader
-from gateway.series.reader import Reader, StreamRow
+from gateway.series.reader import Reader
+from gateway.series.tables import StreamRow
 from gateway.sinks.store import read_views
 from rank_client.wire.disk import OsDisk
 from rank_client.wire.frames import DATA_HEAD, DATA_HEAD_BYTES

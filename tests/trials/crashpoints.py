@@ -27,15 +27,17 @@ from typing import Any
 import apsw
 
 import rank_client.spool
-from gateway.ingest.media import CHUNK_BYTES, Blob, blob_path
+from gateway.ingest.drop import Drops, Request
+from gateway.ingest.media import CHUNK_BYTES, Blob, Job, blob_path
+from gateway.ingest.peers import Peers
 from gateway.journal.reader import Entry, JournalReader
 from gateway.journal.writer import Journal, JournalDamaged, Mark
 from gateway.series.reader import Reader
 from gateway.series.writer import Series
 from gateway.sinks.quarantine import Kept
 from gateway.sinks.store import Store
+from rank_client.orphan_source import OrphanSource
 from rank_client.spool import Spool
-from rank_client.sweep import OrphanSource
 from rank_client.wire import frames
 from rank_client.wire.records import (
     ROW_HEAD,
@@ -131,15 +133,38 @@ def _plain(entries: list[Entry]) -> Found:
     return [(e.seq, e.kind, bytes(e.body)) for e in entries]
 
 
+class OneRun:
+    """What `Drops` asks of its shell, over one journal."""
+
+    def __init__(self, disk: CrashDisk, journal: Journal) -> None:
+        self.disk = disk
+        self._journal = journal
+
+    def journal(self, run: str) -> Journal:
+        return self._journal
+
+    def directory(self, run: str) -> Path:
+        return Path(RUN_DIR)
+
+
+def drop(run: OneRun, now: int, sha256: str, work: Callable[[Job], None]) -> None:
+    """Ask for one file, as of all that the journal holds."""
+    journal = run.journal("r")
+    drops = Drops(Peers(1, run, 1, lambda run: False), run, journal.commit, work)
+    drops.carry_out(now, "r", Request(journal.uuid, journal.seq, {sha256: "policy"}))
+
+
 class JournalPoints(Points):
-    """Ingest's part: streams, batches, ticks, ends, files; with a disk that is full at times."""
+    """Ingest's part: streams, batches, ticks, ends, files that come and go; with a disk that is
+    full at times."""
 
     def __init__(self, seed: int, commits: int, worker: int, workers: int) -> None:
         super().__init__("journal", seed, worker, workers)
         self.acked: dict[bytes, int] = {}
         self.acked_seq = 0
         self.seen: Found = []
-        self.files: dict[str, str] = {}  #: path → sha256, acknowledged
+        self.files: dict[str, bytes] = {}  #: path → content, acknowledged and not dropped
+        self.dropped: dict[str, bytes] = {}
         self.storage = Storage("data")
         self.storage.before = self.point
         self.commits = commits
@@ -176,6 +201,8 @@ class JournalPoints(Points):
         self.storage.room = 1 << 40
         if random.random() < 0.05:
             self._file()
+        if self.files and random.random() < 0.05:
+            self._drop()
 
     def _append(self) -> None:
         journal, random = self.journal, self.random
@@ -202,6 +229,8 @@ class JournalPoints(Points):
     def _file(self) -> None:
         """A file of one or two chunks, entered in the journal and acknowledged."""
         data = self.random.randbytes(self.random.choice([1000, CHUNK_BYTES + 100]))
+        if self.dropped and self.random.random() < 0.3:
+            _, data = self.dropped.popitem()  # it comes again
         sha256 = hashlib.sha256(data).hexdigest()
         blob = Blob.announced(self.disk, "r", Path(RUN_DIR), sha256, len(data))
         blob.open()
@@ -212,7 +241,20 @@ class JournalPoints(Points):
         self.journal.append_map(Kind.BLOB, self.now, body)
         self.journal.commit()
         self._acknowledge()
-        self.files[str(blob_path(Path(RUN_DIR), sha256))] = sha256
+        self.files[str(blob_path(Path(RUN_DIR), sha256))] = data
+
+    def _drop(self) -> None:
+        """Policy drops a file: until the journal is sure to tell of it, it must be there."""
+        path = self.random.choice(list(self.files))
+
+        def remove(job: Job) -> None:
+            self._acknowledge()
+            self.dropped[path] = self.files.pop(path)
+            job.run()
+            assert job.error is None, job.error
+
+        drop(OneRun(self.disk, self.journal), self.now, Path(path).name, remove)
+        assert path not in self.files, "not dropped"
 
     # --- at a point ----------------------------------------------------------
 
@@ -260,14 +302,28 @@ class JournalPoints(Points):
         return found
 
     def _check_files(self, files: Files, found: Found) -> None:
-        wanted = dict(self.files)
+        wanted = {Path(path).name: True for path in self.files}
         for _, kind, body in found:
-            if kind == Kind.BLOB:
-                sha256 = unpack_map(body)["sha256"]
-                wanted[str(blob_path(Path(RUN_DIR), sha256))] = sha256
-        for path, sha256 in wanted.items():
-            assert path in files, f"{path} is gone"
-            assert len(files[path]) and hashlib.sha256(files[path]).hexdigest() == sha256, path
+            if kind in (Kind.BLOB, Kind.DROP):
+                wanted[unpack_map(body)["sha256"]] = kind == Kind.BLOB
+        for sha256, here in wanted.items():
+            path = str(blob_path(Path(RUN_DIR), sha256))
+            if here:
+                assert path in files, f"{path} is gone"
+                assert len(files[path]) and hashlib.sha256(files[path]).hexdigest() == sha256, path
+            elif path in files:
+                self._finish_drop(files, path)
+
+    def _finish_drop(self, files: Files, path: str) -> None:
+        """The journal calls a file dropped that is there: asked again, the next gateway removes
+        it, and no loss of power brings it back."""
+        storage = Storage("data", files)
+        disk = CrashDisk(storage)
+        journal = make_journal(disk)
+        drop(OneRun(disk, journal), self.now, Path(path).name, Job.run)
+        journal.close()
+        assert path not in storage.names and path not in storage.durable, f"{path} is there"
+        self.counts["drops finished"] += 1
 
     def _again(self, storage: Storage, journal: Journal, last: int) -> None:
         """A second recovery finds the same, and the journal goes on."""
@@ -593,12 +649,24 @@ class SeriesPoints(TablePoints):
             first, n = mark.high_water + 1, random.randint(1, 30)
             values = [struct.pack("<qqqdq", step, 0, 0, random.random(), i) for i in range(n)]
             rows = [pack(Kind.ROW, first + i, v) for i, v in enumerate(values)]
+            file = {"what": "checkpoint", "key": "last.pt", "name": "last.pt", "w": step}
+            rows.append(pack_map(Kind.MEDIA, first + n, file))
             records = schema.pack(first) + b"".join(rows)
-            journal.append_batch(SECOND, frames.data(1, stream, first, n, records))
-            mark.high_water += n
+            journal.append_batch(SECOND, frames.data(1, stream, first, n + 1, records))
+            mark.high_water += n + 1
+            self._file_comes_and_one_goes(journal, step, {"stream": stream, "media": first + n})
             journal.commit()
             journal.mark()
             self.fetches.append(reader.read())
+
+    def _file_comes_and_one_goes(self, journal: Journal, step: int, of: dict[str, Any]) -> None:
+        """Every other time it is dropped in the fetch after its own."""
+        body = {**of, "sha256": f"{step:064x}", "size": 1}
+        journal.append_map(Kind.BLOB, SECOND, body)
+        if step % 2:
+            journal.append_map(
+                Kind.DROP, SECOND, {"sha256": f"{step - 1:064x}", "reason": "policy"}
+            )
 
     def _reference(self) -> None:
         folder = self.folder.parent / "reference"

@@ -17,7 +17,8 @@ from gateway.journal.writer import Journal, JournalDamaged
 from gateway.rules.project import Projection
 from gateway.series.reader import Reader
 from gateway.series.writer import Series
-from rank_client.sweep import OrphanSource, read_hello
+from rank_client.orphan_source import OrphanSource
+from rank_client.orphans import read_hello
 from rank_client.wire.records import UNNUMBERED, Kind, pack_map, walk
 from tests.gateway.journal.made import UUID
 from tests.gateway.rules.made import Life, Run

@@ -15,8 +15,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from gateway.ingest.answers import Reply
 from gateway.ingest.media import CHUNK_BYTES
-from gateway.ingest.peers import Peers, Reply
+from gateway.ingest.peers import Peers
+from gateway.ingest.presence import superseded
 from gateway.journal.reader import Entry, JournalReader
 from gateway.journal.writer import Journal
 from gateway.rules.gate import Gate
@@ -230,7 +232,7 @@ class World:
         """Ticks until those that are gone are forgotten, then a gateway that knows the journal."""
         for body in self.peers.tick(self.now).values():
             self.runs.journal("r").append_map(Kind.TICK, self.now, body)
-        self.peers.superseded("r")
+        superseded(self.peers.streams.values(), "r")
         self.runs.commit()
         self.runs.close()
         self.peers = self._peers()

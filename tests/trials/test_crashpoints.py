@@ -8,7 +8,8 @@ import pytest
 
 import gateway.journal.writer
 import gateway.sinks.store
-from gateway.ingest.media import Blob
+from gateway.ingest.drop import Drops
+from gateway.ingest.media import Blob, Job
 from gateway.journal.reader import JournalReader
 from gateway.journal.writer import Journal
 from gateway.rules.changes import Changes
@@ -32,6 +33,7 @@ def test_no_crash_breaks_a_promise(name: str) -> None:
     assert points.broken == [], f"seed {SEED}"
     assert points.counts["points"] > 10
     assert points.counts["crashes"] > 5 * points.counts["points"]
+    assert name != "journal" or points.counts["drops finished"] > 0
 
 
 def test_a_seed_gives_the_same_run_again() -> None:
@@ -82,6 +84,27 @@ def _file_name_not_synced(patch: pytest.MonkeyPatch) -> None:
     patch.setattr("gateway.ingest.media.sync_names", nothing)
 
 
+def _file_removed_before_its_entry(patch: pytest.MonkeyPatch) -> None:
+    drop = Drops._drop
+
+    def wrong(self: Drops, now_ns: int, blob: Blob, reason: str) -> None:
+        blob.drop()
+        drop(self, now_ns, blob, reason)
+
+    patch.setattr(Drops, "_drop", wrong)
+
+
+def _removal_not_synced(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Blob, "drop", lambda self: self.disk.unlink(str(self.path)))
+
+
+def _file_removed_without_its_entry(patch: pytest.MonkeyPatch) -> None:
+    def wrong(self: Drops, now_ns: int, blob: Blob, reason: str) -> None:
+        self._work(Job(b"", blob, "drop"))
+
+    patch.setattr(Drops, "_drop", wrong)
+
+
 def _spool_not_synced(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Spool, "sync", nothing)
 
@@ -120,6 +143,9 @@ def _cursor_before_its_rows(patch: pytest.MonkeyPatch) -> None:
         ("journal", _short_write_stays),
         ("journal", _file_not_synced),
         ("journal", _file_name_not_synced),
+        ("journal", _file_removed_before_its_entry),
+        ("journal", _file_removed_without_its_entry),
+        ("journal", _removal_not_synced),
         ("spool", _short_write_stays),
         ("spool", _spool_not_synced),
         ("spool", _spool_trimmed_too_far),

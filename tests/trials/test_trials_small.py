@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from ..flow.job import ROOT, wait_until
 from . import copies, kill, kill_sinks, outage, proxy
 
 pytestmark = pytest.mark.timeout(240)
@@ -58,3 +62,35 @@ def test_copies(tmp_path: Path, seed: int) -> None:
     found = copies.attempt(tmp_path, seed, copies=4, seconds=60)
     assert found["broken"] == []
     assert found["copies"] == 4
+
+
+def started_by(folder: Path) -> list[int]:
+    """Processes that have a path below the folder in their environment."""
+    found = []
+    for proc in Path("/proc").glob("[0-9]*"):
+        try:
+            environ = (proc / "environ").read_bytes()
+        except OSError:
+            continue
+        if os.fsencode(folder) in environ:
+            found.append(int(proc.name))
+    return found
+
+
+@pytest.mark.parametrize("name", ["kill", "kill_sinks"])
+def test_a_trial_that_is_ended_leaves_nothing(tmp_path: Path, name: str) -> None:
+    """By SIGTERM, as a job's time limit ends it: no rank, no gateway and no folder stays."""
+    words = [sys.executable, "-m", f"tests.trials.{name}", "--seconds", "120"]
+    environ = {**os.environ, "TMPDIR": str(tmp_path)}
+    trial = subprocess.Popen(words, cwd=ROOT, env=environ, stderr=subprocess.DEVNULL)
+    try:
+        gateway = lambda: any(tmp_path.glob("*/**/supervisor.json"))  # noqa: E731
+        wait_until(gateway, 60, "a gateway is up")
+        trial.send_signal(signal.SIGTERM)
+        assert trial.wait(60) == 128 + signal.SIGTERM
+        wait_until(lambda: not started_by(tmp_path), 10, "a killed rank's copier has left")
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        for pid in started_by(tmp_path):
+            os.kill(pid, signal.SIGKILL)
+        trial.wait()

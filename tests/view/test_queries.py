@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,10 @@ from gateway import view
 from gateway.errors import AmbiguousRun, Damaged, NotServed, UnknownRun
 from gateway.view.finding import find_run, reading, short_id
 from gateway.view.points import Answer, KeyRow, lives_of, matching_keys, query_key
-from gateway.view.queries import RunView, gateway_of, run_view, shown
+from gateway.view.problems import find_problems
+from gateway.view.queries import RunView, run_view
+from gateway.view.serving import gateway_of
+from gateway.view.shown import shown
 from rank_client.spool import Spool
 from rank_client.wire.records import Kind
 
@@ -502,6 +506,17 @@ class TestRun:
         found = look(run.close())
         assert found.state == "lost"
         assert texts(found) == ["no rank was heard for 60 s at step 3; silent: 0, 1"]
+
+    def test_lost_with_nobody_to_name(self, tmp_path: Path) -> None:
+        """Where every rank said how it ended, no list of silent ones is begun."""
+        run = RunBuilder(tmp_path)
+        run.rank(0).log({"loss": 1.0}, 3).end()
+        run_dir = run.close()
+        with reading(run_dir) as reader:
+            about, streams = reader.about(), reader.streams()
+        ranks = look(run_dir).ranks
+        problems = find_problems(replace(about, state="lost"), streams, ranks, [], [])
+        assert [p.text for p in problems] == ["no rank was heard for 60 s at step 3"]
 
     def test_gateway_gone(self, tmp_path: Path) -> None:
         """Without an answer for 3 s nothing is called live."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from gateway.view.lines import RANK_COLOURS, rank_style
-from gateway.view.queries import gateway_of, run_view, shown
+from gateway.view.lines import RANK_COLOURS, logged_lines, rank_style
+from gateway.view.queries import run_view
+from gateway.view.serving import gateway_of
+from gateway.view.shown import shown
 from gateway.view.summary import summary_lines
 from gateway.view.terminal import gateway_lines, run_status_lines, runs_lines, show_lines
 from gateway.view.words import (
@@ -24,6 +27,12 @@ from gateway.view.words import (
 )
 
 from ..build import RunBuilder, serve_dir
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell whose data directory is the one looked at."""
+    monkeypatch.setenv("RANKGATE_DIR", str(tmp_path))
 
 
 def show(run_dir: Path) -> list[str]:
@@ -139,6 +148,27 @@ class TestShow:
             "      rankgate query 7f3a k00/loss --rank all",
         ]
 
+    def test_next_commands_elsewhere(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Where the shell would look elsewhere they name the directory, and stay one command."""
+        long = tmp_path / ("d" * 60)
+        monkeypatch.setenv("RANKGATE_DIR", "/elsewhere")
+        monkeypatch.chdir(tmp_path)
+        lines = show(job(long, 2).close())
+        assert lines[-2:] == ["Next: rankgate tail 7f3a \\", f"      --dir {long}"]
+        monkeypatch.delenv("RANKGATE_DIR")
+        lines = show(job(Path(".rankgate"), 2).close())
+        assert lines[-2] == "Next: rankgate tail 7f3a"
+
+    def test_what_waits_in_the_spool(self, tmp_path: Path) -> None:
+        """The line names the directory to drain: another shell would drain its own."""
+        run = RunBuilder(tmp_path)
+        run.rank(0).log({"loss": 1.0}, 5)
+        view = run_view(run.close(), time.time_ns())
+        book = replace(view.accounting, on_the_way=3, spooled_in="/var/tmp/rankgate-0")
+        lines = logged_lines(replace(view, accounting=book))
+        text = " ".join(" ".join(line.plain for line in lines).split())
+        assert f"rankgate drain --dir {tmp_path} ships it" in text
+
     def test_same_on_all_ranks(self, tmp_path: Path) -> None:
         """Equal values are one value with the words for it."""
         run = RunBuilder(tmp_path)
@@ -225,6 +255,23 @@ class TestStatus:
         assert "  hub: HTTP 503" in lines
         assert lines[-1] == "neptune  off  not in the config: add [sinks.neptune]"
 
+    def test_why_items_were_skipped(self, tmp_path: Path) -> None:
+        """Each reason with its number, most first, in status and in the summary, beside where an
+        export is; and what shows the items that a backend would not take."""
+        run = job(tmp_path, 2)
+        run_dir = run.close()
+        reasons = {"not finite": 2, "step not rising": 40, "x" * 70: 1}
+        run.sink("clearml", "exported", skipped=reasons, export="/exports/clearml")
+        run.sink("hub", "drained", quarantined=3, reason="3 refused")
+        text = " ".join(" ".join(status(run_dir)).split())
+        assert f"clearml skipped: 40 step not rising, 2 not finite, 1 {'x' * 70}" in text
+        assert max(map(len, status(run_dir))) <= 80
+        assert status(run_dir)[-1] == "Next: rankgate sinks status 7f3a"
+        lines = summary(run_dir)
+        assert "         clearml: offline export in /exports/clearml" in lines
+        assert any(line.startswith("         clearml: skipped: 40 step not") for line in lines)
+        assert "      rankgate sinks status 7f3a" in lines
+
     def test_no_sinks(self, tmp_path: Path) -> None:
         """With no sink in the config, one line says how to turn one on."""
         line = "SINKS    off; to turn on, add [sinks.clearml] or [sinks.hub] or [sinks.neptune]"
@@ -295,7 +342,8 @@ class TestSummary:
             rank.refuse(2, "not a dict").refuse(1, "bad step").end("failed", "Error: " + "x " * 100)
         run_dir = run.close()
         for name in ("clearml", "hub", "neptune"):
-            run.sink(name, "retrying", reason="HTTP 503")
+            skipped = {"not finite": 7}
+            run.sink(name, "retrying", reason="HTTP 503", skipped=skipped, quarantined=1)
         lines = summary(run_dir)
         assert len(lines) <= 30
         assert max(map(len, lines)) <= 80

@@ -19,7 +19,7 @@ from gateway.sinks.hub.config import HubConfig
 from gateway.sinks.hub.epochs import Closed
 from gateway.sinks.hub.http import Http, KeyHeader, NoAnswer, Wire
 from gateway.sinks.hub.pace import Limits, Pace, Paced, shared_file
-from gateway.sinks.hub.results import CLASS_NAMES, PLOTS, class_names, curve
+from gateway.sinks.hub.results import CLASS_NAMES, Results, class_names, has_place
 from gateway.sinks.hub.turn import Turn, item_mark, request_mark, row_mark
 from gateway.sinks.naming import hub_key, rank_prefix
 
@@ -262,8 +262,8 @@ class PlatformSink(HubSink):
             turn.sent.delivered += len(chunk)
 
     def _take_table(self, media: Media, turn: Turn) -> bool:
-        """Curves wait for the end, as their place is in the results."""
-        if not media.key.startswith(PLOTS) or media.rank > 0:
+        """Curves and their like wait for the end, as their place is in the results."""
+        if not has_place(media.key) or media.rank > 0:
             return False
         before = turn.get("plots", [])
         others = [plot for plot in before if plot[1] != media.key]
@@ -312,10 +312,12 @@ class PlatformSink(HubSink):
             results["bestEpoch"], results["bestFitness"] = turn.get("best")
         if turn.get("weights"):
             results["modelPath"], results["modelSize"] = turn.get("weights")
+        tables = Results(names)
+        shown = self._read_tables(tables, turn)
+        results |= {"validation": tables.validation} if tables.validation else {}
         data: dict[str, Any] = {"results": results, "runId": self._model(turn)["run_id"]}
         data |= {"classNames": names} if names else {}
-        plots, shown = self._plots(turn)
-        data |= {"plots": plots} if plots else {}
+        data |= {"plots": tables.plots} if tables.plots else {}
         if self._event("training_complete", data, turn).get("ignored"):
             turn.sent.skip(IGNORED, held["items"] + shown)
         else:
@@ -337,24 +339,22 @@ class PlatformSink(HubSink):
         final = {k.removeprefix(FINAL): v for k, v in values.items() if k != CLASS_NAMES}
         return {k: v for k, v in record.items() if k not in MODEL_INFO} | final
 
-    def _plots(self, turn: Turn) -> tuple[list[dict[str, Any]], int]:
-        """(curves, of how many files not told before); what is none is skipped."""
-        found: list[dict[str, Any]] = []
+    def _read_tables(self, tables: Results, turn: Turn) -> int:
+        """How many have a place and were not told before; what has none is skipped."""
         kept: list[list[Any]] = []
         shown = 0
-        for path, key, told in turn.get("plots", []):
+        for path, key, told in sorted(turn.get("plots", []), key=lambda one: one[1]):
             try:
-                one = curve(Path(path), key.removeprefix(PLOTS))
+                good = tables.take(key, Path(path))
             except (OSError, ValueError, KeyError, IndexError, TypeError):
-                one = None
-            if one is None:
+                good = False
+            if not good:
                 turn.sent.skip(NO_CURVE, 0 if told else 1)
                 continue
-            found.append(one)
             kept.append([path, key, True])
             shown += not told
         turn.put("plots", kept)
-        return found, shown
+        return shown
 
 
 def marked(item: Text) -> str:

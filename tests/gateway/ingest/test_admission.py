@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import zmq
 
-from gateway.ingest import admission, listener
+from gateway.ingest import admission
 from gateway.ingest.admission import (
     AllowList,
     Gatekeeper,
@@ -21,8 +21,9 @@ from gateway.ingest.admission import (
     server_public,
     wrong_run,
 )
-from gateway.ingest.listener import RunStore
+from gateway.ingest.journals import RunStore
 from gateway.ingest.peers import Peers
+from gateway.ingest.sockets import bind, guard
 from rank_client.link import Link
 from rank_client.wire import frames
 from rank_client.wire.frames import Code, Type
@@ -35,7 +36,7 @@ STREAM = b"s" * 16
 
 @pytest.fixture
 def guarded(tmp_path: Path) -> Iterator[Guarded]:
-    made = Guarded(listener.bind([]), KEY, tmp_path)
+    made = Guarded(bind([]), KEY, tmp_path)
     yield made
     made.router.context.destroy(0)
 
@@ -137,8 +138,8 @@ def test_a_gatekeeper_that_is_stuck_is_found_out(
 
 def test_without_encryption_the_test_fails(tmp_path: Path) -> None:
     """A plain socket under the same name lets in who has no key, and is found out."""
-    router = listener.bind([])
-    open_door = Guarded(listener.bind([]), KEY, tmp_path)
+    router = bind([])
+    open_door = Guarded(bind([]), KEY, tmp_path)
     router.bind("tcp://127.0.0.1:*")
     with pytest.raises(Unguarded):
         self_test(open_door, router.get_string(zmq.LAST_ENDPOINT))
@@ -152,7 +153,7 @@ def test_the_gateway_does_not_serve_a_door_that_fails(
     """`guard` runs the test on each address before anything is served."""
     monkeypatch.setattr(AllowList, "run_of", lambda *_: ANY_RUN)
     with pytest.raises(Unguarded):
-        listener.guard(tmp_path, ["ipc:///nowhere", f"tcp://127.0.0.1:{free_port()}"], KEY)
+        guard(tmp_path, ["ipc:///nowhere", f"tcp://127.0.0.1:{free_port()}"], KEY)
 
 
 # --- who comes in --------------------------------------------------------------------------------
@@ -254,7 +255,7 @@ def test_a_rewritten_run_in_a_keyfile_is_another_key(tmp_path: Path) -> None:
 
 def test_a_gateway_does_not_take_a_key_of_ranks(tmp_path: Path) -> None:
     """A keyfile made for one run at another gateway is not what a gateway serves with."""
-    router = listener.bind([])
+    router = bind([])
     with pytest.raises(BadKey, match="for the ranks of one run"):
         Guarded(router, Key(b"m" * 32, "mine", server_public(KEY)), tmp_path)
     router.context.destroy(0)

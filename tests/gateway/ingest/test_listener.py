@@ -16,11 +16,13 @@ from typing import Any
 import pytest
 import zmq
 
-from gateway.ingest import limits, listener
+from gateway.ingest import journals, limits
+from gateway.ingest.journals import RunStore
 from gateway.ingest.limits import Limits, Watch, stored_bytes
-from gateway.ingest.listener import Ingest, RunStore
+from gateway.ingest.listener import Ingest
 from gateway.ingest.media import Blob, Job
 from gateway.ingest.peers import Peers
+from gateway.ingest.telling import write_json
 from gateway.ingest.worker import Worker
 from gateway.view.problems import twins
 from rank_client.wire import frames
@@ -179,13 +181,13 @@ def test_status_files_are_written_on_a_full_disk_too(
     """Where no new file finds room, the old one is written over, so that it never looks as if
     the gateway were gone."""
     path = tmp_path / "ingest.json"
-    listener._write_json(path, {"at_ns": 1, "text": "x" * 100})
+    write_json(path, {"at_ns": 1, "text": "x" * 100})
 
     def no_room(*_: object) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", no_room)
-    listener._write_json(path, {"at_ns": 2})
+    write_json(path, {"at_ns": 2})
     assert json.loads(path.read_text()) == {"at_ns": 2}
     assert [p.name for p in tmp_path.iterdir()] == ["ingest.json"]
 
@@ -266,7 +268,7 @@ def test_a_journal_that_cannot_be_opened_is_not_read_for_every_rank(
         tries.append(1)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(listener, "Journal", no_room)
+    monkeypatch.setattr(journals, "Journal", no_room)
     store = RunStore(tmp_path)
     for _ in range(5):
         with pytest.raises(OSError, match="No space"):

@@ -12,16 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.ingest import peers, strikes
+from gateway.ingest import opening, peers, strikes
 from gateway.ingest.hello import MAX_NUMBER
 from gateway.ingest.media import CHUNK_BYTES, Job, blob_path
-from gateway.ingest.peers import (
-    CREDIT_FLOOR_BYTES,
-    CREDIT_TOP_BYTES,
-    GONE_NS,
-    SILENT_NS,
-    Peers,
-)
+from gateway.ingest.peers import GONE_NS, SILENT_NS, Peers
+from gateway.ingest.presence import superseded
+from gateway.ingest.room import CREDIT_FLOOR_BYTES, CREDIT_TOP_BYTES
 from gateway.ingest.strikes import STRIKE_NS, STRIKE_PAUSE_SECONDS, STRIKES
 from gateway.journal.reader import Entry
 from gateway.journal.writer import Journal, Mark
@@ -255,12 +251,12 @@ def test_a_full_disk_takes_nothing_and_says_so(gateway: Gateway) -> None:
     """While there is no room, data is dropped without an answer and every credit is 0; afterwards
     it is taken again."""
     gateway.hello()
-    gateway.peers.full = True
+    gateway.peers.room.full = True
     assert gateway.data(1) == []
     assert gateway.say(frames.control(Type.PING, SESSION, A, {}))[0][1].body["credit"] == 0
     gateway.commit()
     assert high_waters(gateway.entries()) == {}
-    gateway.peers.full = False
+    gateway.peers.room.full = False
     gateway.data(1)
     assert gateway.commit()[0][1].body["durable"] == 1
 
@@ -383,7 +379,7 @@ def test_a_hello_that_is_too_large_is_rejected(gateway: Gateway) -> None:
 
 def test_a_run_has_only_so_many_streams(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
     """One stream more than the journal's table can hold is rejected; those that are there go on."""
-    monkeypatch.setattr(peers, "MAX_STREAMS", 2)
+    monkeypatch.setattr(opening, "MAX_STREAMS", 2)
     gateway.hello(A)
     gateway.hello(B)
     answer = gateway.hello(b"c" * 16)
@@ -396,19 +392,19 @@ def test_the_largest_table_can_be_read() -> None:
     """A journal with as many streams as a run may have goes on in a new segment, and recovers."""
     disk = MemoryDisk()
     journal = make(disk, 1)
-    for n in range(peers.MAX_STREAMS):
+    for n in range(opening.MAX_STREAMS):
         journal.streams[n.to_bytes(16, "little")] = Mark(MAX_NUMBER)
     journal.append_map(Kind.TICK, 1, {"quiet": []})
     journal.commit()  # begins a segment, with the table
     again = make(disk.copy(), 1)
-    assert len(again.streams) == peers.MAX_STREAMS
+    assert len(again.streams) == opening.MAX_STREAMS
     assert not again.damage
 
 
 def test_without_descriptors_only_those_here_go_on(gateway: Gateway) -> None:
     """A crowded gateway rejects, for now, what needs a descriptor: another run, and files."""
     gateway.hello(A)
-    gateway.peers.crowded = True
+    gateway.peers.room.crowded = True
     for more in ({"run": "other"}, {"kind": "blob", "sha256": SHA, "size": 5}):
         answer = gateway.hello(b"c" * 16, **more)
         assert (answer.body["code"], answer.body["fatal"]) == ("crowded", False)
@@ -425,7 +421,7 @@ def test_every_answer_has_only_the_fields_of_its_message(gateway: Gateway) -> No
     gateway.data(1)
     said += [a for _, a in gateway.commit()]
     gateway.stopped = {"r"}
-    gateway.peers.full = True
+    gateway.peers.room.full = True
     said += [a for _, a in (*gateway.commit(), *gateway.ping(), *gateway.data(9))]
     said += [a for _, a in (*gateway.bye(1), *gateway.commit())]
     assert {m.type for m in said} >= {Type.WELCOME, Type.REJECT, Type.ACK, Type.PONG, Type.BYE_ACK}
@@ -626,14 +622,18 @@ def test_the_older_of_two_live_processes_of_a_rank_is_superseded(gateway: Gatewa
     gateway.data(1, stream=B)
     gateway.commit()
     assert high_waters(gateway.entries()) == {A: 1, B: 1}
-    assert {old: new.id for old, new in gateway.peers.superseded("r").items()} == {B: A}
+    assert {
+        old: new.id for old, new in superseded(gateway.peers.streams.values(), "r").items()
+    } == {B: A}
     gateway.start(SESSION)
     for stream in (A, B):
         gateway.hello(stream, rank=0)
-    assert {old: new.id for old, new in gateway.peers.superseded("r").items()} == {B: A}
+    assert {
+        old: new.id for old, new in superseded(gateway.peers.streams.values(), "r").items()
+    } == {B: A}
     gateway.bye(1, A)
     gateway.commit()
-    assert gateway.peers.superseded("r") == {}
+    assert superseded(gateway.peers.streams.values(), "r") == {}
 
 
 def test_ended_replayed_and_unranked_streams_supersede_nobody(gateway: Gateway) -> None:
@@ -642,7 +642,7 @@ def test_ended_replayed_and_unranked_streams_supersede_nobody(gateway: Gateway) 
     gateway.hello(B, rank=0, kind="replay")
     gateway.hello(b"c" * 16, rank=None)
     gateway.hello(b"d" * 16, rank=None)
-    assert gateway.peers.superseded("r") == {}
+    assert superseded(gateway.peers.streams.values(), "r") == {}
 
 
 # --- room ----------------------------------------------------------------------------------------
@@ -653,13 +653,13 @@ def test_everybody_hears_when_room_runs_out_and_comes_back(gateway: Gateway) -> 
     gateway.hello(A)
     gateway.hello(B, peer=OTHER_PEER)
     gateway.commit()
-    gateway.peers.full = True
+    gateway.peers.room.full = True
     told = gateway.commit()
     assert {peer for peer, _ in told} == {PEER, OTHER_PEER}
     assert all((a.body["credit"], a.body["full"]) == (0, "disk") for _, a in told)
     gateway.data(1)
     assert gateway.commit() == []
-    gateway.peers.full = False
+    gateway.peers.room.full = False
     told = gateway.commit()
     assert all(a.body["credit"] > 0 and "full" not in a.body for _, a in told)
     assert {a.stream: a.body.get("back") for _, a in told} == {A: 1, B: None}
@@ -670,7 +670,7 @@ def test_a_run_over_its_quota_is_the_only_one_to_wait(gateway: Gateway) -> None:
     gateway.hello(A)
     gateway.hello(B, run="other")
     gateway.commit()
-    gateway.peers.over_quota = frozenset({"r"})
+    gateway.peers.room.over_quota = frozenset({"r"})
     [(_, told)] = gateway.commit()
     assert (told.stream, told.body["credit"], told.body["full"]) == (A, 0, "quota")
     gateway.data(1, stream=A)
@@ -678,7 +678,7 @@ def test_a_run_over_its_quota_is_the_only_one_to_wait(gateway: Gateway) -> None:
     gateway.commit()
     assert high_waters(gateway.entries("other")) == {B: 1}
     assert high_waters(gateway.entries("r")) == {}
-    gateway.peers.over_quota = frozenset()
+    gateway.peers.room.over_quota = frozenset()
     [(_, told)] = gateway.commit()
     assert (told.stream, told.body["back"]) == (A, 1)
     assert told.body["credit"] > 0
@@ -697,13 +697,13 @@ def test_a_commit_that_finds_no_room_is_acknowledged_later(gateway: Gateway) -> 
     with pytest.raises(OSError, match="No space"):
         gateway.journal("r").commit()
     gateway.journal("other").commit()
-    gateway.peers.full = True
+    gateway.peers.room.full = True
     told = {a.stream: a.body for _, a in gateway.committed({"r"})}
     assert (told[A]["durable"], told[A]["credit"], told[A]["full"]) == (0, 0, "disk")
     assert told[B]["durable"] == 1
     assert gateway.committed({"r"}) == []
     disk.room = 1 << 20
-    gateway.peers.full = False
+    gateway.peers.room.full = False
     assert {a.stream: a.body["durable"] for _, a in gateway.commit()} == {A: 3, B: 1}
     assert high_waters(gateway.entries()) == {A: 3}
 
@@ -712,7 +712,7 @@ def test_a_full_disk_holds_no_more_than_so_much_in_memory(gateway: Gateway) -> N
     """When much waits for room already, new streams have to wait too."""
     gateway.hello(A)
     gateway.commit()
-    gateway.peers.full = True
+    gateway.peers.room.full = True
     assert gateway.hello(B).type == Type.WELCOME
     gateway.journal("r").pending_bytes = 2 << 20
     answer = gateway.hello(b"c" * 16)
@@ -911,7 +911,7 @@ def test_a_chunk_without_room_comes_again(
     [(_, told)] = gateway.commit()
     assert (told.body["durable"], told.body["full"]) == (0, "disk")
     monkeypatch.undo()
-    gateway.peers.full = False
+    gateway.peers.room.full = False
     [(_, told)] = gateway.commit()
     assert told.body["back"] == 1
     gateway.say(chunk(1))
@@ -1012,7 +1012,7 @@ def test_after_a_chunk_that_failed_the_next_ones_come_again(
         gateway.say(chunk(1))
         gateway.say(chunk(2))
         later.run(1)
-    gateway.peers.full = False
+    gateway.peers.room.full = False
     gateway.say(chunk(1))
     later.run()
     gateway.say(chunk(1))

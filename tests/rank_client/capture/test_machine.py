@@ -26,6 +26,26 @@ fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
 print("held", flush=True)
 time.sleep(600)
 """
+FORKS = """
+import os, pathlib, signal, sys, time
+from rank_client.capture import machine
+from rank_client.identity import Place
+machine.SAMPLE_SECONDS = 0.01
+machine.Machine(None, Place(0, 0, 1, 1, "none"), print)
+while not pathlib.Path(sys.argv[1]).exists():
+    time.sleep(0.01)
+child = os.fork()
+if child == 0:
+    import psutil
+    os._exit(7)
+deadline = time.monotonic() + 20
+while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+    if time.monotonic() > deadline:
+        os.kill(child, signal.SIGKILL)
+        raise SystemExit("the child hangs")
+    time.sleep(0.01)
+os._exit(os.waitstatus_to_exitcode(ended[1]))
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -183,3 +203,16 @@ def test_nothing_is_imported_with_the_package() -> None:
     )
     environ = {**os.environ, "PYTHONPATH": str(Path(machine.__file__).parents[2])}
     subprocess.run([sys.executable, "-c", code], env=environ, check=True)
+
+
+def test_a_fork_while_it_imports(tmp_path: Path) -> None:
+    """The child can import the same module; else it would wait for a thread that it has not."""
+    begun = tmp_path / "begun"
+    (tmp_path / "psutil.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(begun)!r}).touch()\ntime.sleep(1)\n"
+    )
+    path = f"{tmp_path}:{Path(machine.__file__).parents[2]}"
+    words = [sys.executable, "-c", FORKS, str(begun)]
+    environ = {**os.environ, "PYTHONPATH": path}
+    done = subprocess.run(words, env=environ, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 7, done.stderr

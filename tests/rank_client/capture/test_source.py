@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rank_client.capture import git as calls
 from rank_client.capture import source
 from rank_client.redact import Redactor
 from rank_client.wire.records import Kind
+from tests.flow.job import wait_until
 from tests.rank_client.read import Written, on_disk
 
 ROOT = Path(__file__).parents[3]
@@ -49,9 +53,9 @@ def environ(tmp_path: Path, **more: str) -> dict[str, str]:
     return {**os.environ, **ours, **more}
 
 
-def train(tmp_path: Path, folder: Path, **more: str) -> list[Written]:
+def train(tmp_path: Path, folder: Path, script: str = "train.py", **more: str) -> list[Written]:
     """Run the script; the parameters and files that it wrote into its spool."""
-    words = [sys.executable, "train.py"]
+    words = [sys.executable, script]
     done = subprocess.run(
         words, cwd=folder, env=environ(tmp_path, **more), capture_output=True, text=True, timeout=60
     )
@@ -72,6 +76,7 @@ def test_a_repository(tmp_path: Path, repository: Path) -> None:
     facts = facts_of(records)
     assert facts["source/branch"] == "trunk"
     assert facts["source/commit"] == git(repository, "rev-parse", "HEAD")
+    assert facts["source/commit_message"] == "first"
     assert facts["source/dirty"] is False
     assert (facts["source/working_dir"], facts["source/entry_point"]) == ("src", "train.py")
     assert facts["source/repository"] == "https://[redacted]@example.org/team/digits.git"
@@ -101,6 +106,18 @@ def test_outside_a_repository(tmp_path: Path) -> None:
     assert "source/commit" not in facts
 
 
+def test_a_working_directory_that_was_deleted(tmp_path: Path, repository: Path) -> None:
+    """The rest is told: where the script stands, its commit, the packages."""
+    script, folder = repository / "src" / "train.py", tmp_path / "deleted"
+    script.write_text("import os; os.rmdir(os.getcwd())\n" + script.read_text())
+    folder.mkdir()
+    facts = facts_of(train(tmp_path, folder, str(script)))
+    assert facts["source/commit"] == git(repository, "rev-parse", "HEAD")
+    assert facts["source/dirty"] is True
+    assert facts["source/entry_point"] == "src/train.py"
+    assert "msgpack==" in facts["source/packages"]
+
+
 @pytest.mark.parametrize(("script", "switch"), [("rank=1, world_size=2", "1"), ("rank=0", "0")])
 def test_one_process_tells(tmp_path: Path, script: str, switch: str) -> None:
     """Rank 1 tells nothing, and nobody does when it is switched off."""
@@ -119,8 +136,8 @@ def fake_git(tmp_path: Path, code: str) -> dict[str, str]:
 
 def test_git_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call that does not come back is ended, and what it would have told is left out."""
-    monkeypatch.setattr(source, "GIT_SECONDS", 0.2)
-    facts, diff = source.collect(fake_git(tmp_path, "exec sleep 60"))
+    monkeypatch.setattr(calls, "GIT_SECONDS", 0.2)
+    facts, diff = source.collect(calls.Git(fake_git(tmp_path, "exec sleep 60")))
     assert "source/commit" not in facts
     assert "source/python" in facts
     assert diff == ""
@@ -129,9 +146,50 @@ def test_git_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_git_that_never_ends_its_diff(tmp_path: Path) -> None:
     """Of a diff without an end so much is kept, and it says so."""
     code = f'case "$*" in *diff*) exec yes "+ line";; *) echo {tmp_path};; esac'
-    _, diff = source.collect(fake_git(tmp_path, code))
+    _, diff = source.collect(calls.Git(fake_git(tmp_path, code)))
     assert len(diff) <= source.MAX_DIFF_BYTES + len(source.CUT)
     assert diff.endswith(source.CUT)
+
+
+def test_git_that_closes_its_answer_and_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer whose end was read is not waited for any longer than one that does not come."""
+    monkeypatch.setattr(calls, "GIT_SECONDS", 0.2)
+    git = calls.Git(fake_git(tmp_path, "echo said; exec >&-; exec sleep 60"))
+    before = time.monotonic()
+    assert git.ask(tmp_path, "any") == ""
+    assert time.monotonic() - before < 5
+
+
+def test_git_after_the_end(tmp_path: Path) -> None:
+    """A call that is being made is ended at once, and none is begun."""
+    git = calls.Git(fake_git(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 60"))
+    asking = threading.Thread(target=git.ask, args=(tmp_path, "any"))
+    asking.start()
+    wait_until(lambda: (tmp_path / "pid").exists(), 10, "git runs")
+    git.stop()
+    asking.join(4)
+    assert not asking.is_alive()
+    (tmp_path / "pid").unlink()
+    assert git.ask(tmp_path, "any") == ""
+    assert not (tmp_path / "pid").exists()
+
+
+def test_a_command_is_cut_between_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a secret would have no shape any more."""
+    monkeypatch.setattr(sys, "orig_argv", ["python", "x" * 4070, TOKEN, "more"])
+    assert source._command() == f"python {'x' * 4070}"
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "train"])
+    assert source._command() == "python -m train"
+
+
+def test_a_diff_is_cut_between_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same with a diff that is too long: its last line is left out."""
+    monkeypatch.setattr(source, "MAX_DIFF_BYTES", 60)
+    code = f'case "$*" in *diff*) echo "+ one"; echo "+ {TOKEN * 3}";; *) echo {tmp_path};; esac'
+    _, diff = source.collect(calls.Git(fake_git(tmp_path, code)))
+    assert diff == f"+ one\n{source.CUT}"
 
 
 def test_a_secret_across_pieces() -> None:
