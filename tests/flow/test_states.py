@@ -151,8 +151,9 @@ def test_what_the_killed_rank_left_is_adopted(story: Story) -> None:
 
 
 def test_the_stopped_rank_is_live_again(story: Story) -> None:
-    """When it goes on, so does what is said of it."""
-    assert story.states(STOPPED) == ["live", "silent"]
+    """When it goes on, so does what is said of it; it may answer before it logs again, and is
+    stuck until then."""
+    assert [s for s in story.states(STOPPED) if s != "stuck"] == ["live", "silent"]
     assert story.looks[-1][1].ranks[STOPPED].state == "live"
 
 

@@ -24,7 +24,7 @@ from .row import Row, nothing, refused, without
 
 KEY = Key(b"k" * 32)
 HELLO = frames.control(Type.HELLO, 0, b"h" * 16, {"v": [1, 1], "run": "r", "kind": "live"})
-DEADLINE_SECONDS = 10.0
+DEADLINE_SECONDS = 30.0
 
 #: ZMTP 1.0: an empty identity, then one frame
 ZMTP_1 = b"\1\0" + bytes([len(HELLO) + 1, 0]) + HELLO

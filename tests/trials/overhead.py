@@ -338,8 +338,10 @@ def broken_ends(pairs: Sequence[Pair]) -> list[str]:
 
 def broken_books(at: Scene, pairs: Sequence[Pair]) -> list[str]:
     """Once all is well again, everything that `log` returned for must be in the series."""
-    words = ("--spool", str(at.full)) if at.mounted else ()
-    commands = [("sweep", *words), ("drain", "--seconds", "60")]
+    # Named, as what was meant for another address stays for the gateway there.
+    spools = [at.job.spool, *([at.full] if at.mounted else [])]
+    commands = [("sweep", "--spool", str(spool)) for spool in spools]
+    commands.append(("drain", "--seconds", "60"))
     out = []
     for command in commands:
         code, said, error = at.job.cli(*command)
