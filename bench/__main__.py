@@ -16,7 +16,7 @@ PARTS = ("log_cost", "throughput", "memory", "queries", "sinks", "files")
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="under a minute; read ratios only")
+    parser.add_argument("--quick", action="store_true", help="a minute or two; read ratios only")
     parser.add_argument("--out", type=Path, help="write the document here instead of printing it")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="NAME")
     args = parser.parse_args()

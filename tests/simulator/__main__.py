@@ -16,6 +16,7 @@ import time
 from typing import NamedTuple
 
 from . import mutants
+from .stores import Killed
 from .world import World
 
 MUTANT_SEEDS = 200
@@ -38,7 +39,7 @@ def play(seed: int) -> Played:
         world.run()
     except AssertionError as error:
         broken = str(error) or "an assertion"
-    except Exception as error:  # a core that raises is broken as well
+    except (Exception, Killed) as error:  # a core that raises is broken as well
         broken = f"{type(error).__name__}: {error}"
     records = sum(len(life.wrote) for life in world.lives)
     return Played(seed, world.events, records, world.now, world.digest, broken)

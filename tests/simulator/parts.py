@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -463,7 +464,8 @@ class GatewayPart:
                 for s in self.peers.streams.values()
             ]
             self._send(drain)
-            self._mark()
+            with suppress(Killed):  # it leaves anyway
+                self._mark()
         self.kill()
 
     def receive(self, name: bytes, link: SimLink, frame: bytes) -> None:
