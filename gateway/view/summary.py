@@ -16,6 +16,7 @@ from .lines import (
     skipped_text,
     state_text,
     step_text,
+    wrapped,
 )
 from .queries import RunView
 from .shown import Shown
@@ -119,9 +120,11 @@ def _sinks(sinks: Sequence[SinkRow], width: int) -> list[str]:
     lines = _texts(columns(header, rows, "<<>>>>>"))
     for s in on:
         note = clean(s.reason) or (f"offline export in {_near(s.export)}" if s.export else "")
-        for text in (note, skipped_text(s) if s.skipped else ""):
-            if text:
-                lines.append(shorten(f"         {s.sink}: {text}", width))
+        if note:
+            lines.append(shorten(f"         {s.sink}: {note}", width))
+        if s.skipped:
+            text = f"{s.sink}: {skipped_text(s)}"
+            lines += _texts(wrapped(text, " " * 9, " " * 11, width))
     return lines
 
 

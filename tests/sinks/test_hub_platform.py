@@ -453,7 +453,7 @@ def test_what_has_no_place_is_skipped(
     kinds = ("image", "figure", "table", "file")
     batch: list[Item] = [media(tmp_path, seq, b"", what) for seq, what in enumerate(kinds)]
     sent = opened(memory).send(batch, again=False)
-    assert total(sent) == (0, {f"hub has no place for a {what}": 1 for what in kinds})
+    assert total(sent) == (0, {f"no place in HUB ({what})": 1 for what in kinds})
 
 
 def test_failed_state_is_told(server: PlatformServer, memory: MemoryDict) -> None:

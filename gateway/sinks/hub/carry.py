@@ -49,7 +49,7 @@ MODEL_INFO = {
     "model/speed_PyTorch(ms)": "speedMs",
 }
 
-NO_PLACE = {what: f"hub has no place for a {what}" for what in ("image", "figure", "table", "file")}
+NO_PLACE = {what: f"no place in HUB ({what})" for what in ("image", "figure", "table", "file")}
 
 log = logging.getLogger(__name__)
 
