@@ -161,11 +161,16 @@ class Sent:
             self.skip(reason, items)
 
 
+RECEIPTS = "receipts"
+
+
 class Memory(Protocol):
     """What a sink must remember: durable, small, its own (values are msgpack types).
 
     `put` becomes durable in the same transaction as the receipt of the batch being sent; `put_now`
-    at once (a task id, before anything is sent to it).
+    at once (a task id, before anything is sent to it). A batch may be sent in pieces before its one
+    receipt, so what is kept with `put_now` must not be made from what an earlier piece has `put`.
+    `get(RECEIPTS)` tells how many receipts there were.
     """
 
     def get(self, key: str) -> Any: ...

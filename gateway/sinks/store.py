@@ -20,7 +20,7 @@ from rank_client.redact import Redactor
 
 from ..series.db import fetch, open_reader, open_writer
 from . import quarantine
-from .base import Sent
+from .base import RECEIPTS, Sent
 from .quarantine import Kept, Quarantine
 
 _SCHEMA = """
@@ -156,7 +156,7 @@ class Store:
         """After a delivery: counts, cursor and the sink's own notes in one transaction.
         `intended`: what may be there without a receipt even now."""
         with self.db:
-            self._write_memory(self._puts)
+            self._write_memory({**self._puts, RECEIPTS: (self.get(RECEIPTS) or 0) + 1})
             self.db.executemany(
                 "INSERT OR REPLACE INTO taken VALUES(?,?,?)",
                 [(stream, kind, last) for (stream, kind), last in spans.items()],
@@ -176,7 +176,7 @@ class Store:
     ) -> None:
         """After another try of what was in quarantine: `gone` ids were taken, `stay` refused."""
         with self.db:
-            self._write_memory(self._puts)
+            self._write_memory({**self._puts, RECEIPTS: (self.get(RECEIPTS) or 0) + 1})
             self.quarantine.settle(gone, stay)
             self._count(sent.delivered, sent.skipped, sent.maybe_duplicate)
             self._set({**about, "updated_ns": time.time_ns()})

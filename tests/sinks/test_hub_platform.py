@@ -31,6 +31,7 @@ from gateway.sinks.hub import http, pace, platform, results
 from gateway.sinks.hub.config import HubConfig
 from gateway.sinks.hub.export import HubExport, send_bundle
 from gateway.sinks.hub.platform import PlatformSink
+from gateway.sinks.store import Store
 from tests.servers.base import Reply
 from tests.servers.platform import EVENTS, KEY, PlatformServer
 from tests.sinks.fakes import MemoryDict
@@ -329,6 +330,31 @@ def test_lost_answer_of_a_start_is_told(server: PlatformServer, memory: MemoryDi
         sink.send([params(1, a=1)], again=False)
     assert sink.send([params(1, a=1)], again=True).maybe_duplicate == 1
     assert [model.slug for model in server.models.values()] == ["digits-run", "digits-run-2"]
+
+
+def test_pieces_of_a_batch_outlive_a_death_before_their_receipt(
+    server: PlatformServer, tmp_path: Path
+) -> None:
+    """A batch that is sent in halves has one receipt: a sink that dies before it knows what each
+    half brought there, and how much of it was in doubt."""
+    store = Store(tmp_path / "hub.db")
+    sink = PlatformSink(CONFIG)
+    sink.open(RUN, store)
+    sink.send([params(9, a=1)], again=False)
+    server.fail(EVENTS, mode="apply_then_cut")
+    with pytest.raises(Unavailable):
+        sink.send([text(1, "one"), text(2, "two")], False)
+    store.forget_puts()
+    sink.send([text(1, "one"), text(2, "two")], True)
+    sink.send([text(3, "three")], True)
+    store.close()  # no receipt
+    store = Store(tmp_path / "hub.db")
+    sink = PlatformSink(CONFIG)
+    sink.open(RUN, store)
+    sent = sink.send([text(1, "one"), text(2, "two"), text(3, "three")], True)
+    assert Counter(server.console(server.only())) == {"one": 2, "two": 2, "three": 1}
+    assert (sent.delivered, sent.maybe_duplicate) == (3, 2)
+    store.close()
 
 
 def test_confirmed_lines_are_not_sent_twice(

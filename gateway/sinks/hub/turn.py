@@ -13,11 +13,24 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from gateway.sinks.base import Item, Media, Memory, Params, Rows, Sent, SinkError, Summary, Text
+from gateway.sinks.base import (
+    RECEIPTS,
+    Item,
+    Media,
+    Memory,
+    Params,
+    Rows,
+    Sent,
+    SinkError,
+    Summary,
+    Text,
+)
 from gateway.sinks.hub.http import NoAnswer
 
-_MARKS = "marks"
-_DOUBTS = "doubts"
+_MARKS = "confirmed_marks"  #: of what is confirmed → how many receipts there were before it
+_SPENT = "spent_marks"  #: marks that are of no more use once the receipt is there
+_DOUBTS = "doubts"  #: so many were perhaps sent twice, over all calls
+_TOLD = "doubts_told"  #: so many of them a call has reported
 _UNANSWERED = "unanswered"
 _ITEM, _REQUEST = b"i", b"r"
 
@@ -27,7 +40,12 @@ class Turn:
         self.sent = Sent()
         self._memory = memory
         self._puts: dict[str, Any] = {}
-        self._marks: set[bytes] = set(memory.get(_MARKS) or ())
+        self._receipts = int(memory.get(RECEIPTS) or 0)
+        # A batch in pieces has one receipt, and until then all its marks must outlive our death.
+        marks: dict[bytes, int] = memory.get(_MARKS) or {}
+        self._kept = {mark: n for mark, n in marks.items() if n >= self._receipts}
+        receipts, spent = memory.get(_SPENT) or (self._receipts, ())
+        self._spent = set(spent if receipts == self._receipts else ())
 
     def get(self, key: str, default: Any = None) -> Any:
         value = self._puts[key] if key in self._puts else self._memory.get(key)
@@ -42,12 +60,13 @@ class Turn:
         self._memory.put_now(key, value)
 
     def is_confirmed(self, mark: bytes) -> bool:
-        return mark in self._marks
+        return mark in self._kept and mark not in self._spent
 
     def confirm(self, marks: Sequence[bytes]) -> None:
         """The backend has taken what `marks` stand for."""
-        self._marks.update(marks)
-        self._memory.put_now(_MARKS, sorted(self._marks))
+        self._kept.update(dict.fromkeys(marks, self._receipts))
+        self._spent.difference_update(marks)
+        self._memory.put_now(_MARKS, self._kept)
 
     @contextmanager
     def once(self, marks: Sequence[bytes], items: int) -> Iterator[None]:
@@ -74,8 +93,8 @@ class Turn:
 
     def forget_requests(self) -> None:
         """What they were about is gone: they have to be made again."""
-        self._marks = {mark for mark in self._marks if mark[:1] == _ITEM}
-        self._memory.put_now(_MARKS, sorted(self._marks))
+        self._kept = {mark: n for mark, n in self._kept.items() if mark[:1] == _ITEM}
+        self._memory.put_now(_MARKS, self._kept)
 
     def doubt(self, items: int) -> None:
         """So many were perhaps sent twice; kept at once, for this call may yet fail."""
@@ -90,10 +109,11 @@ class Turn:
         keep: set[bytes] = set()
         if batch is not None:
             done = {row_mark(i) if isinstance(i, Rows) else item_mark(i) for i in batch}
-            keep = {mark for mark in self._marks if mark[:1] == _ITEM} - done
-        self._puts[_MARKS] = sorted(keep)
-        self.sent.maybe_duplicate = self._memory.get(_DOUBTS) or 0
-        self._puts[_DOUBTS] = 0
+            keep = {mark for mark in self._kept if mark[:1] == _ITEM} - done
+        self._puts[_SPENT] = [self._receipts, sorted(self._kept.keys() - keep)]
+        doubts = self._memory.get(_DOUBTS) or 0
+        self.sent.maybe_duplicate = doubts - (self._memory.get(_TOLD) or 0)
+        self._puts[_TOLD] = doubts
         for key, value in self._puts.items():
             self._memory.put(key, value)
 
