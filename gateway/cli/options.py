@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,28 +31,19 @@ def _utf8(path: Path) -> Path:
     return path
 
 
-Dir = Annotated[
-    Path,
-    typer.Option(
+def _dir(readable: bool) -> Any:
+    return typer.Option(
         "--dir",
         envvar="RANKGATE_DIR",
         help="The data directory.",
         show_envvar=True,
+        readable=readable,
         callback=_utf8,
-    ),
-]
-#: also one that we may not read
-AnyDir = Annotated[
-    Path,
-    typer.Option(
-        "--dir",
-        envvar="RANKGATE_DIR",
-        help="The data directory.",
-        show_envvar=True,
-        readable=False,
-        callback=_utf8,
-    ),
-]
+    )
+
+
+Dir = Annotated[Path, _dir(readable=True)]
+AnyDir = Annotated[Path, _dir(readable=False)]  #: also one that we may not read
 Json = Annotated[bool, typer.Option("--json", help="Print JSON; its names are stable.")]
 RunName = Annotated[
     str,

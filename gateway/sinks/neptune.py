@@ -32,7 +32,6 @@ from gateway.sinks.neptune_run import OnlineRun, Package, one_line
 from gateway.sinks.retry import asked_seconds
 
 LIMIT_PAUSE_SECONDS = 60.0  #: how long to wait when a workspace's limit is reached
-STOP_SECONDS = 10.0  #: for the package's threads to end
 TRIES = 2  #: of a batch that is refused, the second after reading back
 
 #: Answers to `init_run` that no later try will change.
@@ -193,10 +192,7 @@ class NeptuneSink:
     def _drop(self) -> None:
         run, self._run = self._run, None
         if run is not None:
-            try:
-                run.stop(STOP_SECONDS)
-            except Exception as problem:
-                log.warning("neptune: cannot stop: %s", one_line(problem))
+            run.stop()
 
     def _read(self, kind: Kind, path: str, after: float) -> Tail:
         assert self._run is not None

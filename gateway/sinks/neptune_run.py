@@ -14,6 +14,7 @@ import base64
 import gc
 import hashlib
 import importlib
+import logging
 import os
 import re
 import shutil
@@ -49,6 +50,7 @@ OFFLINE_POINTS = 100  #: of one operation in a queue, as by the package's own `e
 POINT_BYTES = 80  #: of one point in a request, about
 PAGE_POINTS = 1000  #: what the package itself asks for at once
 MAX_PAGES = 100  #: of a series read back; older points than that are taken to be there
+STOP_SECONDS = 10.0  #: for the package's threads to end
 
 UPLOAD_PATIENCE = 30  #: times longer than else a part of a file is tried again within one call
 
@@ -65,6 +67,8 @@ RAISE_ON_FULL_DISK = {"NEPTUNE_RAISE_ERROR_ON_DISK_USAGE_EXCEEDED": "True"}
 SERIES = {"floats": "floatSeries", "lines": "stringSeries", "images": "imageSeries"}
 ATOM_TYPES: dict[type, str] = {float: "float", bool: "bool", str: "string"}
 SINGLE_VALUES = {"float", "int", "bool", "string", "datetime"}
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -348,12 +352,16 @@ class OnlineRun:
         # In this mode the package has no queue: what `init_run` itself writes is answered too.
         self._run = package.start(info, self._folder, project=project, mode="sync")
         self._package = package
-        check(self._run, RUN, package.root.__name__)
-        self._backend = only_backend(self._run._backend)
-        check(self._backend, BACKEND, package.root.__name__)
-        self._where = (self._run._id, self._run.container_type)
         self.fields = Fields({})
-        self.refresh()
+        try:
+            check(self._run, RUN, package.root.__name__)
+            self._backend = only_backend(self._run._backend)
+            check(self._backend, BACKEND, package.root.__name__)
+            self._where = (self._run._id, self._run.container_type)
+            self.refresh()
+        except Exception:  # its threads would go on beside those of the next connection
+            self.stop()
+            raise
 
     def refresh(self) -> None:
         """Read what fields there are: after a lost answer it is not known."""
@@ -414,11 +422,13 @@ class OnlineRun:
                 return Tail(points, True, count)
         return Tail(points, False, count)
 
-    def stop(self, limit_seconds: float) -> None:
+    def stop(self) -> None:
+        """End its threads; what it cannot end is said in the log."""
         try:
-            self._run.stop(seconds=limit_seconds)
-        finally:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._run.stop(seconds=STOP_SECONDS)
+        except Exception as problem:
+            log.warning("neptune: cannot stop: %s", one_line(problem))
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def only_backend(backend: Any) -> Any:

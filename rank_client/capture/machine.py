@@ -12,6 +12,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from ..identity import Place
@@ -24,12 +25,27 @@ LAUNCHED = ("torch", "slurm", "mpi")  #: our parent started the node's ranks, an
 
 log = logging.getLogger("rankgate")
 
-#: no fork while the thread here imports: the child would wait for that module for ever
+IMPORT_SECONDS = 5.0  #: a fork waits no longer for an import in the thread here
+#: held while it imports: a child forked just then would wait for that module for ever
 _importing = threading.RLock()
+
+
+def _before_fork() -> None:
+    _importing.acquire(timeout=IMPORT_SECONDS)
+
+
+def _after_in_parent() -> None:
+    with suppress(RuntimeError):  # not ours: the import takes longer than a training should wait
+        _importing.release()
+
+
+def _after_in_child() -> None:
+    global _importing  # noqa: PLW0603 - whoever may hold the old one is not in this process
+    _importing = threading.RLock()
+
+
 os.register_at_fork(
-    before=_importing.acquire,
-    after_in_parent=_importing.release,
-    after_in_child=_importing.release,
+    before=_before_fork, after_in_parent=_after_in_parent, after_in_child=_after_in_child
 )
 
 

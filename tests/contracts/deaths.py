@@ -42,6 +42,7 @@ DEATHS = (
     Death("vendor package hangs for ever", "hang", HUNG),
     Death("vendor package ends the process", "exit", EXIT_CODE),
 )
+LIVE = Death("none", "live", 0)
 
 
 def entry_point(folder: Path, name: str, module: str) -> None:
@@ -63,9 +64,9 @@ def play(made: type[Backend], death: Death, folder: Path, seed: int, deaths: int
             backend.server.latency_seconds = LATENCY_SECONDS
         for number in range(deaths):
             mark = folder / f"mark-{number}"
-            code = _life(backend, run_dir, death, rng, mark)
+            code = life(backend, run_dir, death, rng, mark)
             assert code in (0, death.code), code  # 0: done before its time had come
-        code = _life(backend, run_dir, Death("", "live", 0), rng, folder / "mark")
+        code = life(backend, run_dir, LIVE, rng, folder / "mark")
         assert code == 0, code
         have, want = backend.have(), backend.want()
         view = read_view(run_dir / "sinks" / f"{backend.kind}.db")
@@ -73,7 +74,7 @@ def play(made: type[Backend], death: Death, folder: Path, seed: int, deaths: int
         return Outcome(lost, doubled, view.maybe_duplicate, view.quarantined, 0.0)
 
 
-def _life(backend: Backend, run_dir: Path, death: Death, rng: random.Random, mark: Path) -> int:
+def life(backend: Backend, run_dir: Path, death: Death, rng: random.Random, mark: Path) -> int:
     """One process from its start to its end; the exit code."""
     at = rng.randint(1, 3 if isinstance(backend, Jsonl) else LAST_REQUEST)
     config = msgspec.json.encode(backend.config).decode()

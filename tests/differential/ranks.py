@@ -44,7 +44,7 @@ class Ranks(Job):
             case = Case(name, VERSION)
             self.servers[name] = self._stack.enter_context(case.server())
             self._keys |= access(case, self.servers[name])
-        super().__init__(folder, **environ(folder), **self._keys)
+        super().__init__(folder, **(environ(folder) | self._keys))
         dataset.write(self.work / "data")
 
     def __exit__(self, *raised: object) -> None:

@@ -34,8 +34,9 @@ from gateway.sinks.base import (
 from gateway.sinks.neptune import NeptuneConfig, NeptuneSink
 from gateway.sinks.neptune_export import NeptuneExport
 from gateway.sinks.neptune_plan import VALUE_CHARACTERS, cut, seconds
-from gateway.sinks.neptune_run import Package, custom_run_id
+from gateway.sinks.neptune_run import OnlineRun, Package, custom_run_id
 from gateway.sinks.pieces import split
+from tests.flow.job import wait_until
 from tests.servers.base import Reply
 from tests.servers.neptune import CHUNK_BYTES, NeptuneServer, token
 from tests.sinks import minfx
@@ -895,6 +896,21 @@ def test_another_version_says_what_to_install(
             monkeypatch.delattr(place, name)
     with pytest.raises(Off, match=rf"no {name}.*pip install 'rankgate\[neptune\]'"):
         open_plain()
+
+
+def test_a_connection_that_fails_half_way_leaves_no_threads(
+    server: NeptuneServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would go on beside those of the next try, in an outage for as long as it lasts."""
+
+    def own() -> set[threading.Thread]:
+        return {t for t in threading.enumerate() if type(t).__module__.startswith("neptune")}
+
+    before = own()
+    monkeypatch.setattr(OnlineRun, "refresh", lambda self: 1 / 0)
+    with pytest.raises(Unavailable):
+        open_plain()
+    wait_until(lambda: own() <= before, 20, "the package's threads end")
 
 
 def test_a_server_that_is_down_is_unavailable(

@@ -30,13 +30,13 @@ FORKS = """
 import os, pathlib, signal, sys, time
 from rank_client.capture import machine
 from rank_client.identity import Place
-machine.SAMPLE_SECONDS = 0.01
+machine.SAMPLE_SECONDS, machine.IMPORT_SECONDS = 0.01, float(sys.argv[2])
 machine.Machine(None, Place(0, 0, 1, 1, "none"), print)
 while not pathlib.Path(sys.argv[1]).exists():
     time.sleep(0.01)
 child = os.fork()
 if child == 0:
-    import psutil
+    __import__(sys.argv[3])
     os._exit(7)
 deadline = time.monotonic() + 20
 while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
@@ -205,14 +205,27 @@ def test_nothing_is_imported_with_the_package() -> None:
     subprocess.run([sys.executable, "-c", code], env=environ, check=True)
 
 
-def test_a_fork_while_it_imports(tmp_path: Path) -> None:
-    """The child can import the same module; else it would wait for a thread that it has not."""
-    begun = tmp_path / "begun"
-    (tmp_path / "psutil.py").write_text(
-        f"import pathlib, time\npathlib.Path({str(begun)!r}).touch()\ntime.sleep(1)\n"
+def fork_while_it_imports(
+    folder: Path, import_seconds: float, limit_seconds: float, child: str
+) -> None:
+    """Raises where the child cannot import the module `child`, or there is none in time."""
+    begun = folder / "begun"
+    (folder / "psutil.py").write_text(
+        f"import pathlib, time\npathlib.Path({str(begun)!r}).touch()\n"
+        f"time.sleep({import_seconds})\n"
     )
-    path = f"{tmp_path}:{Path(machine.__file__).parents[2]}"
-    words = [sys.executable, "-c", FORKS, str(begun)]
+    path = f"{folder}:{Path(machine.__file__).parents[2]}"
+    words = [sys.executable, "-c", FORKS, str(begun), str(limit_seconds), child]
     environ = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(words, env=environ, capture_output=True, text=True, timeout=60)
     assert done.returncode == 7, done.stderr
+
+
+def test_a_fork_while_it_imports(tmp_path: Path) -> None:
+    """The child can import the same module; else it would wait for a thread that it has not."""
+    fork_while_it_imports(tmp_path, 1, limit_seconds=30, child="psutil")
+
+
+def test_a_fork_does_not_wait_for_ever_for_an_import(tmp_path: Path) -> None:
+    """An import that hangs, on a file system that is away say, holds the training a while only."""
+    fork_while_it_imports(tmp_path, 600, limit_seconds=0.2, child="csv")
