@@ -11,14 +11,23 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from gateway.sinks.base import Item, Memory, Off, Refused, RunInfo, Sent, Unavailable
+from gateway.sinks.base import (
+    RECEIPTS,
+    Item,
+    Memory,
+    Off,
+    Refused,
+    RunInfo,
+    Sent,
+    Unavailable,
+)
 from gateway.sinks.neptune_plan import (
     Kind,
     Planner,
@@ -35,7 +44,7 @@ LIMIT_PAUSE_SECONDS = 60.0  #: how long to wait when a workspace's limit is reac
 TRIES = 2  #: of a batch that is refused, the second after reading back
 
 #: Answers to `init_run` that no later try will change.
-HOPELESS = {
+HOPELESS: Set[str] = {
     "NeptuneInvalidApiTokenException",
     "NeptuneMissingApiTokenException",
     "NeptuneMissingProjectNameException",
@@ -83,13 +92,17 @@ class NeptuneSink:
         self._info: RunInfo | None = None
         self._run: OnlineRun | None = None
         self._planner: Planner | None = None
-        self._was_connected = False  #: the settings are right, then
+        self._hopeless: Set[str] = (
+            HOPELESS  #: nothing, once we were connected: the settings are right
+        )
         self._unsure = False  #: something may have arrived that was not confirmed
 
     def open(self, run: RunInfo, memory: Memory) -> None:
         if self.config.mode == "offline":
             raise Off("mode is offline: nothing is sent, `rankgate replay --to neptune` exports")
         self._info = run
+        if memory.get(RECEIPTS):  # a token that was good may become so again, as after an outage
+            self._hopeless = HOPELESS - {"Unauthorized"}
         self._planner = Planner(memory, self._read, drawable, run)
         self._package = Package.load(self.config.package)
         self._ready()
@@ -151,10 +164,10 @@ class NeptuneSink:
         except Off:
             raise
         except Exception as problem:
-            if type(problem).__name__ in HOPELESS and not self._was_connected:
+            if type(problem).__name__ in self._hopeless:
                 raise Off(one_line(problem)) from problem
             raise unavailable(problem) from problem
-        self._was_connected = True
+        self._hopeless = frozenset()
         return run
 
     def _own_folder(self) -> Path:

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from gateway.sinks.base import (
+    RECEIPTS,
     Item,
     Media,
     Off,
@@ -866,6 +867,21 @@ def test_a_wrong_token_is_off(server: NeptuneServer, monkeypatch: pytest.MonkeyP
     with pytest.raises(Off) as caught:
         open_plain()
     assert wrong not in str(caught.value)
+
+
+def test_a_token_that_was_good_may_be_good_again(
+    server: NeptuneServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that begins while the server takes no token waits, if the run was delivered to
+    before; without a token it is off all the same."""
+    memory = MemoryDict()
+    memory.put(RECEIPTS, 1)
+    server.fail(OPERATIONS, status=401)
+    with pytest.raises(Unavailable, match="Unauthorized"):
+        NeptuneSink(NeptuneConfig()).open(RUN, memory)
+    monkeypatch.delenv("NEPTUNE_API_TOKEN")
+    with pytest.raises(Off, match="NEPTUNE_API_TOKEN"):
+        NeptuneSink(NeptuneConfig()).open(RUN, memory)
 
 
 def test_a_missing_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
