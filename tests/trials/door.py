@@ -49,6 +49,7 @@ class Passage:
     rank: asyncio.StreamWriter
     gateway: asyncio.StreamWriter | None = None
     swallowing: bool = False  #: takes what comes, and passes nothing on
+    is_reset: bool = False
 
     def close(self) -> None:
         for writer in (self.rank, self.gateway):
@@ -56,6 +57,7 @@ class Passage:
                 writer.close()
 
     def reset(self) -> None:
+        self.is_reset = True
         reset(self.rank)
         if self.gateway is not None:
             reset(self.gateway)
@@ -173,12 +175,16 @@ class Door:
     # --- connections ---------------------------------------------------------
 
     def _enter(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.ensure_future(self._pass(reader, Passage(writer)))
+        if self._server is None:
+            reset(writer)  # it was accepted just before the door was closed
+            return
+        passage = Passage(writer)
+        self._passages.add(passage)  # here, as `close` waits for the task, which has not begun
+        task = asyncio.ensure_future(self._pass(reader, passage))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _pass(self, reader: asyncio.StreamReader, passage: Passage) -> None:
-        self._passages.add(passage)
         try:
             if self._hole:
                 passage.swallowing = True
@@ -186,6 +192,8 @@ class Door:
                     pass
                 return
             back, passage.gateway = await asyncio.open_connection("127.0.0.1", self._target)
+            if passage.is_reset:
+                passage.reset()  # while the other half was not there yet
             there = self._carry(reader, passage.gateway, passage)
             await asyncio.gather(there, self._carry(back, passage.rank, passage))
         except OSError:

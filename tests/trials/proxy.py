@@ -34,6 +34,7 @@ RANK = Path(__file__).with_name("proxy_rank.py")
 LINE_BYTES = 1 << 22  #: an answer tells of every call
 FINISH_SECONDS = 50.0  #: a dead connection nobody is told of is noticed after 30 s
 ANSWER_SECONDS = 90.0
+FAULTS_SECONDS = 60.0  #: at most five of 3 s, and the waits between them
 LEFT_SHARE = 0.5  #: of the lives: `finish` waits 3 s only for a gateway that never answered
 LOG_SECONDS = 0.5  #: a `log` that waits for the network takes longer
 SILENT_SHARE = 0.15  #: of the schedules: nobody is told that a connection is dead
@@ -100,10 +101,10 @@ class Worker:
         try:
             logged = await self._ask(process, told)
             if not early:
-                await faults
+                await asyncio.wait_for(faults, FAULTS_SECONDS)
                 await self._door.heal(notice)
             end = asyncio.ensure_future(self._ask(process, {}))
-            await faults
+            await asyncio.wait_for(faults, FAULTS_SECONDS)
             await self._door.heal(notice)
             healed_at = time.monotonic()
             finished = (await end)["finished"]
