@@ -63,7 +63,7 @@ def test_the_counts_of_the_trials_are_those_of_the_code() -> None:
     """docs/guarantee.md says how many bugs are planted and how many faults are played."""
     text = (ROOT / "docs/guarantee.md").read_text()
     assert f"| {len(mutants.names())} bugs, each found" in text
-    assert f"| {len(faults.cells(1))} cells, one seed each" in text
+    assert f"| {len(faults.cells(1))} cells, three seeds each" in text
 
 
 def test_every_sink_and_command_is_documented() -> None:
