@@ -169,7 +169,7 @@ def _has_points(run_dir: Path) -> bool:
 
 
 def main() -> int:
-    parser = trial.parser(__doc__.split("\n")[0], 150.0)
+    parser = trial.parser(__doc__.split("\n")[0], 300.0)
     parser.add_argument("--copies", type=int, default=100)
     given = parser.parse_args()
     body = lambda f: attempt(f, given.seed, given.copies, given.seconds)  # noqa: E731
