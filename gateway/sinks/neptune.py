@@ -92,9 +92,7 @@ class NeptuneSink:
         self._info: RunInfo | None = None
         self._run: OnlineRun | None = None
         self._planner: Planner | None = None
-        self._hopeless: Set[str] = (
-            HOPELESS  #: nothing, once we were connected: the settings are right
-        )
+        self._hopeless = HOPELESS  #: nothing is, once we were connected
         self._unsure = False  #: something may have arrived that was not confirmed
 
     def open(self, run: RunInfo, memory: Memory) -> None:
