@@ -63,21 +63,17 @@ def connect(address: str, environ: Mapping[str, str]) -> Link:
     """
     if not address.startswith("tcp://"):
         return Link(address)
-    link = Link(address, key_of(environ))
-    try:
-        link.watch()
-    except zmq.ZMQError:
-        link.close()
-        raise
-    return link
+    return Link(address, key_of(environ), watched=True)
 
 
 class Link:
     """A DEALER owned by the thread that made it."""
 
-    def __init__(self, address: str, key: Key | None = None) -> None:
-        """Encrypted with a key, plain without one. Raises zmq.ZMQError for an address that is
-        none, OSError where the process has too few descriptors left."""
+    def __init__(self, address: str, key: Key | None = None, *, watched: bool = False) -> None:
+        """Encrypted with a key, plain without one. `watched`: `refused` tells of handshakes that
+        fail, and whoever wants this must go on asking: events that nobody takes would one day
+        block the transport's own thread. Raises zmq.ZMQError for an address that is none, OSError
+        where the process has too few descriptors left."""
         self.near = address.startswith("ipc://")  #: the gateway sees this node's files
         if trouble := address_trouble(address):
             raise zmq.ZMQError(zmq.EINVAL, trouble)
@@ -101,15 +97,12 @@ class Link:
                 _encrypt(socket, key)
             if "[" in address:
                 socket.setsockopt(zmq.IPV6, 1)
+            if watched:  # before we connect: a refusal that came first would never be told
+                self._monitor = socket.get_monitor_socket(LET_IN | HUNG_UP | REFUSED)
             socket.connect(address)
         except zmq.ZMQError:
-            socket.close(0)
+            self.close()
             raise
-
-    def watch(self) -> None:
-        """Have `refused` tell of handshakes that fail. Whoever wants this must go on asking:
-        events that nobody takes would one day block the transport's own thread."""
-        self._monitor = self._socket.get_monitor_socket(LET_IN | HUNG_UP | REFUSED)
 
     def refused(self) -> bool:
         """True when the other side will not have us: close this link and make another later.

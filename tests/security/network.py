@@ -70,8 +70,7 @@ class Client(Link):
     """A ZeroMQ client that sends a HELLO as soon as it is let in."""
 
     def __init__(self, address: str, key: Key | None) -> None:
-        super().__init__(address, key)
-        self.watch()
+        super().__init__(address, key, watched=True)
 
     def refused(self) -> bool:
         self.send(HELLO)

@@ -45,8 +45,8 @@ def guarded(tmp_path: Path) -> Iterator[Guarded]:
 def links() -> Iterator[Callable[..., Link]]:
     made: list[Link] = []
 
-    def link(*arguments: Any) -> Link:
-        made.append(Link(*arguments))
+    def link(*arguments: Any, **options: Any) -> Link:
+        made.append(Link(*arguments, **options))
         return made[-1]
 
     yield link
@@ -169,8 +169,7 @@ def test_a_stranger_sends_nothing(
         "another client key": Key(b"x" * 32, server=server_public(KEY)),
         "no key": None,
     }[what]
-    link = links(bound(guarded), key)
-    link.watch()
+    link = links(bound(guarded), key, watched=True)
     deadline = time.monotonic() + 10
     while not link.refused():
         assert time.monotonic() < deadline
@@ -178,6 +177,24 @@ def test_a_stranger_sends_nothing(
         guarded.gatekeeper.answer()
         time.sleep(0.005)
     assert take(guarded, peers(tmp_path), 0.1) == []
+
+
+def test_a_refusal_at_the_first_moment_is_told(
+    guarded: Guarded, links: Callable[..., Link], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However slow the process is to ask for events: libzmq never tries again after this one."""
+    watch = zmq.Socket.get_monitor_socket
+
+    def slow(socket: zmq.Socket[bytes], *arguments: Any) -> zmq.Socket[bytes]:
+        time.sleep(0.3)  # a handshake takes a millisecond
+        return watch(socket, *arguments)
+
+    monkeypatch.setattr(zmq.Socket, "get_monitor_socket", slow)
+    link = links(bound(guarded), None, watched=True)
+    deadline = time.monotonic() + 5
+    while not link.refused():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_a_known_key_is_let_in_and_answered(
