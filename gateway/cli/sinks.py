@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import RankgateError
 from ..sinks import requests
 from ..sinks.quarantine import Row, read_quarantine
 from ..sinks.store import store_name
 from ..view.export import json_text
-from ..view.finding import find_run, run_dirs
+from ..view.finding import find_run, may_enter, run_dirs
 from ..view.lines import console, width_of, wrapped
 from ..view.queries import run_view
 from ..view.sinks import SinkRow
@@ -62,11 +63,14 @@ def status(
 
     --json gives a list, one object per run and sink: run, sink, state, reason, feed, delivered,
     skipped, skipped_reasons, quarantined, waiting, maybe_duplicate, export, and items (id, what,
-    reason, items, kind, stream, seq, key, at_ns, asked).
+    reason, items, kind, stream, seq, key, at_ns, asked). Of every run, one that cannot be read
+    has run and error.
     """
-    told = [_told(path) for path in _runs_of(directory, run)]
+    told, unreadable = _told_of(directory.absolute(), run)
     if as_json:
-        write(json_text([_as_json(path, s) for path, sinks in told for s in sinks]) + "\n")
+        objects = [_as_json(path, s) for path, sinks in told for s in sinks]
+        errors = [{"run": name, "error": text} for name, text in unreadable.items()]
+        write(json_text([*objects, *errors]) + "\n")
         return
     out = console()
     width = width_of(out)
@@ -78,7 +82,10 @@ def status(
             for text in _quarantine_lines(path, sink):
                 for line in wrapped(text, "  ", "    ", width):
                     out.print(line)
-    if not told:
+    for text in unreadable.values():
+        for line in wrapped(text, "! ", "  ", width, "red"):
+            out.print(line)
+    if not told and not unreadable:
         out.print("no run has a sink yet")
 
 
@@ -136,15 +143,28 @@ def skip(
 # --- telling -----------------------------------------------------------------
 
 
-def _runs_of(directory: Path, run: str | None) -> list[Path]:
+def _told_of(
+    root: Path, run: str | None
+) -> tuple[list[tuple[Path, list[SinkRow]]], dict[str, str]]:
+    """(run, its sinks) of one run or of all that have sinks; and of all, why some cannot be read.
+    Raises RankgateError where the one that was asked for cannot."""
     if run is not None:
-        return [find_run(directory.absolute(), run)]
-    return [path for path in run_dirs(directory.absolute()) if any((path / "sinks").glob("*.db"))]
+        path = find_run(root, run)
+        return [(path, _told(path))], {}
+    told, unreadable = [], {}
+    for path in run_dirs(root):
+        if may_enter(path) and not any((path / "sinks").glob("*.db")):
+            continue
+        try:
+            told.append((path, _told(path)))
+        except RankgateError as error:
+            unreadable[path.name] = error.text
+    return told, unreadable
 
 
-def _told(run_dir: Path) -> tuple[Path, list[SinkRow]]:
+def _told(run_dir: Path) -> list[SinkRow]:
     view = run_view(run_dir, time.time_ns(), spool())
-    return run_dir, [s for s in view.sinks if "not in the config" not in s.reason]
+    return [s for s in view.sinks if "not in the config" not in s.reason]
 
 
 def _rows(run_dir: Path, sink: SinkRow) -> list[Row]:

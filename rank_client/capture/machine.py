@@ -28,10 +28,12 @@ log = logging.getLogger("rankgate")
 IMPORT_SECONDS = 5.0  #: a fork waits no longer for an import in the thread here
 #: held while it imports: a child forked just then would wait for that module for ever
 _importing = threading.RLock()
+_hangs = False  #: a fork has waited for this import in vain; no other waits, until it is over
 
 
 def _before_fork() -> None:
-    _importing.acquire(timeout=IMPORT_SECONDS)
+    global _hangs  # noqa: PLW0603 - forks follow each other
+    _hangs = not _importing.acquire(timeout=0 if _hangs else IMPORT_SECONDS)
 
 
 def _after_in_parent() -> None:

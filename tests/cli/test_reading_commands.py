@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import ctypes
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from rank_client.spool import Spool
 from ..build import RunBuilder
 
 Say = pytest.CaptureFixture[str]
+PR_CAPBSET_DROP, CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 24, 1, 2
 
 
 @pytest.fixture
@@ -46,6 +48,21 @@ def rankgate(say: Say, *words: str) -> tuple[int, str, str]:
     code = main.run(list(words))
     out, err = say.readouterr()
     return code, out, err
+
+
+def as_owner(*words: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a command line that must keep to modes, even as root."""
+
+    def drop_override() -> None:
+        for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+            ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability)  # without root an error, and fine
+
+    done = subprocess.run(
+        [sys.executable, "-m", "gateway", *words],
+        preexec_fn=drop_override, env={**os.environ, "COLUMNS": "400"},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
 
 
 def told(say: Say, *words: str) -> Any:
@@ -335,6 +352,23 @@ class TestErrors:
         code, out, err = rankgate(capsys, *command.split(), "--dir", str(tmp_path))
         assert (code, out) == (1, "")
         assert f"{tmp_path}/runs: Too many levels of symbolic links" in " ".join(err.split())
+
+    @pytest.mark.parametrize("command", ["runs", "status", "sinks status"])
+    def test_a_run_that_is_not_ours_to_enter(self, command: str, data: Path) -> None:
+        """Is told of with its path, and hides no other."""
+        (data / "runs" / "theirs").mkdir(mode=0)
+        code, out, err = as_owner(*command.split(), "--dir", str(data))
+        assert (code, err) == (0, "")
+        assert "7f3a" in out or command == "sinks status"  # it has no sinks
+        assert f"{data}/runs/theirs is not for this user to enter" in " ".join(out.split())
+
+    @pytest.mark.parametrize("command", ["show", "status", "sinks status"])
+    def test_asking_for_a_run_that_is_not_ours_to_enter(self, command: str, data: Path) -> None:
+        """By its name it is an error."""
+        (data / "runs" / "theirs").mkdir(mode=0)
+        code, out, err = as_owner(*command.split(), "theirs", "--dir", str(data))
+        assert (code, out) == (1, "")
+        assert f"{data}/runs/theirs is not for this user to enter" in " ".join(err.split())
 
     def test_a_directory_whose_name_is_no_text(self, capsys: Say) -> None:
         """It is refused by every command at once: nothing could tell of it."""
