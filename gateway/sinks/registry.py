@@ -6,8 +6,9 @@ config names it. One that is broken stands for a sink that is off and says what 
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,36 +16,52 @@ from typing import Any
 import msgspec
 
 from .base import Item, Memory, Off, RunInfo, Sent, Sink, SinkConfig, SinkKind
-from .clearml import ClearmlConfig, ClearmlSink
-from .clearml_export import ClearmlExport
-from .hub.config import HubConfig
-from .hub.export import HubExport
-from .hub.legacy import LegacySink
-from .hub.platform import PlatformSink
-from .neptune import NeptuneConfig, NeptuneSink
-from .neptune_export import NeptuneExport
 
 GROUP = "rankgate.sinks"
 NAME = re.compile(r"[a-z][a-z0-9_-]{0,31}")  #: it becomes a file's name
 MODES = ("online", "offline")
 
 
-def _hub(config: HubConfig, scratch: Path) -> Sink:
-    make = PlatformSink if config.protocol == "platform" else LegacySink
-    return make(config, shared=scratch.parents[3])  # DIR/runs/RUN/sinks/hub.scratch
+# Imported when a config names it: the gateway's other processes, and most commands, go without.
+@functools.cache
+def _clearml() -> SinkKind:
+    from .clearml import ClearmlConfig, ClearmlSink
+    from .clearml_export import ClearmlExport
 
-
-BUILT_IN: dict[str, SinkKind] = {
-    "clearml": SinkKind(
+    return SinkKind(
         ClearmlConfig, lambda config, _: ClearmlSink(config), ClearmlExport, newest_wins=True
-    ),
-    "neptune": SinkKind(
+    )
+
+
+@functools.cache
+def _neptune() -> SinkKind:
+    from .neptune import NeptuneConfig, NeptuneSink
+    from .neptune_export import NeptuneExport
+
+    return SinkKind(
         NeptuneConfig, NeptuneSink, lambda config, folder, _: NeptuneExport(config, folder)
-    ),
-    "hub": SinkKind(
-        HubConfig, _hub, lambda config, folder, _: HubExport(config, folder), newest_wins=True
-    ),
-}
+    )
+
+
+@functools.cache
+def _hub() -> SinkKind:
+    from .hub.config import HubConfig
+    from .hub.export import HubExport
+    from .hub.legacy import LegacySink
+    from .hub.platform import PlatformSink
+
+    def online(config: HubConfig, scratch: Path) -> Sink:
+        make = PlatformSink if config.protocol == "platform" else LegacySink
+        return make(config, shared=scratch.parents[3])  # DIR/runs/RUN/sinks/hub.scratch
+
+    return SinkKind(
+        HubConfig, online, lambda config, folder, _: HubExport(config, folder), newest_wins=True
+    )
+
+
+BUILT_IN: dict[str, Callable[[], SinkKind]] = {
+    "clearml": _clearml, "neptune": _neptune, "hub": _hub,
+}  # fmt: skip
 
 
 def names() -> list[str]:
@@ -55,7 +72,7 @@ def names() -> list[str]:
 def kind(name: str) -> SinkKind:
     """The sink of that name. Raises KeyError when there is none; never for a broken one."""
     if name in BUILT_IN:
-        return BUILT_IN[name]
+        return BUILT_IN[name]()
     entry = _plug_ins()[name]
     try:
         found = entry.load()

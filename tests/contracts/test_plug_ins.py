@@ -149,7 +149,7 @@ def test_a_plug_in_does_not_take_the_place_of_ours(
     )
     monkeypatch.syspath_prepend(str(site))
     assert registry.names().count("clearml") == 1
-    assert registry.kind("clearml") is registry.BUILT_IN["clearml"]
+    assert registry.kind("clearml") is registry.BUILT_IN["clearml"]()
     assert "../up" not in registry.names()
 
 

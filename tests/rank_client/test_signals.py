@@ -6,6 +6,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 
@@ -111,7 +112,7 @@ def test_a_handler_that_raises(
     while time.monotonic() < end and len(returned) < 150_000:  # the ring holds no more
         try:
             again(randomly)
-            for step in steps:
+            for step in islice(steps, 1000):  # a finalizer that runs in here may swallow the alarm
                 rows.log({"loss": 0.25}, step=step)
                 returned.append(step)
         except Interrupted:  # the alarm is a single one, so none comes out here
