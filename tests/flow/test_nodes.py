@@ -84,6 +84,9 @@ def test_two_nodes_are_one_run_through_an_outage_of_the_network(
         wait_until(lambda: len(stored(job)) == 4 and min(stored(job).values()) > 20, 90,
                    "four ranks are stored")  # fmt: skip
         nodes.cable("down")
+        cut = max(steps_of(job))
+        wait_until(lambda: min(stored(job)[r] for r in (0, 1)) > cut, 60,
+                   "what was told of the ranks is from after the cut")  # fmt: skip
         before = stored(job)
         at = max(steps_of(job))
         wait_until(lambda: min(steps_of(job)) > at + 100, 60, "all ranks train on without network")
