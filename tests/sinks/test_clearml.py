@@ -279,7 +279,7 @@ class TestCannotWork:
         start = time.monotonic()
         with pytest.raises(Unavailable, match="did not answer"):
             ClearmlSink().open(RUN, MemoryDict())
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 30  # the package alone would go on for minutes
 
     def test_offline_config(self, server: ClearmlServer) -> None:
         """Set to offline, the online sink sends nothing."""
