@@ -159,8 +159,10 @@ class Job:
         return int(wait_until(find, what=f"a process {name}"))
 
     def stop_gateway(self, number: int = signal.SIGKILL) -> None:
-        """Signal all of it, and wait until the directory is free."""
-        for pid in self.gateway_pids():
+        """Signal all of it, and wait until these processes are gone, and the directory is free or
+        another gateway's: a rank may have started one already."""
+        told = set(self.gateway_pids())
+        for pid in told:
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
@@ -168,9 +170,10 @@ class Job:
         for process in self.processes:
             if process.poll() is None and "serve" in process.args:
                 process.wait(20)
+        wait_until(lambda: not told & set(self.gateway_pids()), 20, "the gateway is gone")
         lock = self.data / "gateway.lock"
-        gone = lambda: not self.gateway_pids() and not locked(lock, LOCK_GATEWAY)  # noqa: E731
-        wait_until(gone, 20, "the gateway is gone")
+        free = lambda: bool(self.gateway_pids()) or not locked(lock, LOCK_GATEWAY)  # noqa: E731
+        wait_until(free, 20, "the data directory is free")
 
     # --- what arrived ----------------------------------------------------------------------------
 
