@@ -19,7 +19,7 @@ from ..sinks.loop import ENDED
 from ..sinks.process import OFF, lock
 from ..sinks.quarantine import Row, read_quarantine
 from ..sinks.store import SinkView, Store, read_view, store_name
-from ..view.finding import find_run, may_enter, run_dirs
+from ..view.finding import find_run, is_closed, run_dirs
 from ..view.typed import typed
 from .deliver import deliver
 from .options import settings_of
@@ -94,7 +94,7 @@ def _check_there(place: Place, ids: list[int] | None) -> None:
 
 def _online(run_dir: Path) -> list[SinkView]:
     """The sinks that have a quarantine to work on; an export is written anew instead."""
-    if not may_enter(run_dir):
+    if is_closed(run_dir):
         return []
     found = []
     for path in sorted((run_dir / "sinks").glob("*.db")):

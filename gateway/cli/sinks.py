@@ -13,7 +13,7 @@ from ..sinks import requests
 from ..sinks.quarantine import Row, read_quarantine
 from ..sinks.store import store_name
 from ..view.export import json_text
-from ..view.finding import find_run, may_enter, run_dirs
+from ..view.finding import find_run, is_closed, run_dirs
 from ..view.lines import console, width_of, wrapped
 from ..view.queries import run_view
 from ..view.sinks import SinkRow
@@ -153,7 +153,7 @@ def _told_of(
         return [(path, _told(path))], {}
     told, unreadable = [], {}
     for path in run_dirs(root):
-        if may_enter(path) and not any((path / "sinks").glob("*.db")):
+        if not is_closed(path) and not any((path / "sinks").glob("*.db")):
             continue
         try:
             told.append((path, _told(path)))

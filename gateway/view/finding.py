@@ -61,7 +61,7 @@ def newest_first(data_dir: Path) -> list[Path]:
     """The runs of a data directory, that with the newest news first."""
 
     def news(run: Path) -> int:
-        if not may_enter(run):
+        if is_closed(run):
             return 0
         # Not series.db: whoever reads it touches its log.
         return max((mtime_ns(p) for p in (run / "journal").glob("*.log")), default=0)
@@ -71,13 +71,12 @@ def newest_first(data_dir: Path) -> list[Path]:
 
 def is_run(path: Path) -> bool:
     """A folder that we may not enter counts as one: `reading` says what is the matter."""
-    if path.is_dir() and not may_enter(path):
-        return True
-    return (path / "journal").is_dir() or (path / "series.db").is_file()
+    return is_closed(path) or (path / "journal").is_dir() or (path / "series.db").is_file()
 
 
-def may_enter(run_dir: Path) -> bool:
-    return os.access(run_dir, os.X_OK)
+def is_closed(run_dir: Path) -> bool:
+    """Is it a folder that we may not enter? What is asked of a path inside would raise."""
+    return run_dir.is_dir() and not os.access(run_dir, os.X_OK)
 
 
 def short_id(id_: str, ids: Sequence[str]) -> str:
@@ -123,7 +122,7 @@ def _beside(run_dir: Path) -> list[str]:
 def reading(run_dir: Path) -> Iterator[Reader]:
     """A run's reader. Inside the block, SQLite's errors come as Damaged, Busy or NotServed.
     Raises RankgateError for a folder that we may not enter."""
-    if run_dir.is_dir() and not may_enter(run_dir):
+    if is_closed(run_dir):
         raise RankgateError(
             f"{run_dir} is not for this user to enter. Ask its owner, or run this as them."
         )

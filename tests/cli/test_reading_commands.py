@@ -362,6 +362,29 @@ class TestErrors:
         assert "7f3a" in out or command == "sinks status"  # it has no sinks
         assert f"{data}/runs/theirs is not for this user to enter" in " ".join(out.split())
 
+    def test_sinks_beside_runs_that_cannot_be_read(self, data: Path) -> None:
+        """Their sinks are told, and the others with why: in words, as objects, and of `retry`."""
+        run = RunBuilder(data, "aaaa1c21d04e")
+        run.rank(0).log({"x": 1.0})
+        run.sink("clearml", delivered=1)
+        run.close()
+        (data / "runs" / "theirs").mkdir(mode=0)
+        (data / "runs" / "torn" / "sinks").mkdir(parents=True)
+        (data / "runs" / "torn" / "sinks" / "clearml.db").touch()
+        (data / "runs" / "torn" / "series.db").write_bytes(b"no database, but as long as one" * 999)
+        code, out, err = as_owner("sinks", "status", "--dir", str(data))
+        assert (code, err) == (0, "")
+        assert "RUN      aaaa1c21d04e" in out
+        assert "not for this user to enter" in out
+        assert "is damaged" in out
+        code, out, err = as_owner("sinks", "status", "--json", "--dir", str(data))
+        assert (code, err) == (0, "")
+        first, *others = json.loads(out)
+        assert (first["run"], first["sink"], first["delivered"]) == ("aaaa1c21d04e", "clearml", 1)
+        assert [(o["run"], "error" in o) for o in others] == [("theirs", True), ("torn", True)]
+        code, _, err = as_owner("sinks", "retry", "--all", "--dir", str(data))
+        assert (code, err) == (0, "")
+
     @pytest.mark.parametrize("command", ["show", "status", "sinks status"])
     def test_asking_for_a_run_that_is_not_ours_to_enter(self, command: str, data: Path) -> None:
         """By its name it is an error."""
