@@ -140,7 +140,8 @@ class Stamp:
     def of(cls, root: Path, run: str) -> Stamp | None:
         directory = root / "runs" / run / "journal"
         try:
-            sizes = [entry.stat().st_size for entry in os.scandir(directory)]
+            with os.scandir(directory) as segments:
+                size = sum(entry.stat().st_size for entry in segments)
             with (directory / "00000001.log").open("rb") as first:
                 buf = first.read(4096)
                 inode = os.fstat(first.fileno()).st_ino
@@ -148,7 +149,7 @@ class Stamp:
             uuid = unpack_map(buf[head.body]).get("uuid") if head else None
         except (OSError, BadRecord):
             return None
-        return cls(uuid, inode, sum(sizes)) if isinstance(uuid, bytes) else None
+        return cls(uuid, inode, size) if isinstance(uuid, bytes) else None
 
     @classmethod
     def read(cls, directory: Path) -> Stamp | None:

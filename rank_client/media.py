@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from .link import Link
 from .sender import Carrier, Warn, jitter
 from .spool import Spool
+from .wire.disk import tree_bytes
 from .wire.records import Kind
 from .wire.session import ClientSession, Source
 
@@ -146,14 +147,6 @@ def _which(about: os.stat_result) -> tuple[int, int, int]:
     return about.st_size, about.st_mtime_ns, about.st_ino
 
 
-def _bytes_in(directory: Path) -> int:
-    """What the files wait there that are not sent yet."""
-    try:
-        return sum(entry.stat().st_size for entry in os.scandir(directory))
-    except OSError:
-        return 0  # none was logged yet, or one was sent just now
-
-
 class MediaSender:
     """Queue of files of one stream. `add` never waits; the bytes stand in `directory`."""
 
@@ -183,7 +176,7 @@ class MediaSender:
 
     def add(self, body: dict[str, Any], make: Callable[[Path], None], now: bool) -> None:
         """Write the MEDIA record, then have `make(path)` write the bytes (`now`: in this call)."""
-        if not self._spool.admit_file(_bytes_in(self._directory)):
+        if not self._spool.admit_file(tree_bytes(self._directory)):
             return
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         part = self._directory / f".{os.urandom(6).hex()}"

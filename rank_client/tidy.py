@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
 from .orphans import alive, held, stream_directories
 from .spool_place import SPOOL_KEEP_BYTES
-from .wire.disk import OsDisk
+from .wire.disk import OsDisk, tree_bytes
 from .wire.segments import segment_indexes, segment_path
 
 KEEP_DONE_SECONDS = 7 * 86400.0
@@ -21,7 +20,7 @@ def tidy(root: Path, now: float, keep_bytes: int = SPOOL_KEEP_BYTES) -> int:
     room = keep_bytes
     for directory in stream_directories(root):
         if alive(directory):
-            room -= _bytes_of(directory)
+            room -= tree_bytes(directory)
             continue
         try:
             shipped.append(((directory / "done").stat().st_mtime, directory))
@@ -29,7 +28,7 @@ def tidy(root: Path, now: float, keep_bytes: int = SPOOL_KEEP_BYTES) -> int:
             continue  # it waits for a gateway, and is never removed
     removed = 0
     for when, directory in sorted(shipped, reverse=True):
-        size = _bytes_of(directory)
+        size = tree_bytes(directory)
         with held(directory) as ours:
             if ours and (room <= 0 or now - when > KEEP_DONE_SECONDS):
                 shutil.rmtree(directory, ignore_errors=True)
@@ -38,13 +37,6 @@ def tidy(root: Path, now: float, keep_bytes: int = SPOOL_KEEP_BYTES) -> int:
                 _cut(directory, size - room)
         room -= size
     return removed
-
-
-def _bytes_of(directory: Path) -> int:
-    try:
-        return sum(entry.stat().st_size for entry in os.scandir(directory))
-    except OSError:
-        return 0  # somebody removes it just now
 
 
 def _cut(directory: Path, excess: int) -> None:

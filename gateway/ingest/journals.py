@@ -90,4 +90,5 @@ def mark(journal: Journal) -> None:
 
 
 def _newest(journal: Path) -> float:
-    return max((e.stat().st_mtime for e in os.scandir(journal)), default=0.0)
+    with os.scandir(journal) as segments:
+        return max((e.stat().st_mtime for e in segments), default=0.0)

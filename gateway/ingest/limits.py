@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rank_client.wire.disk import tree_bytes
+
 RESERVE_BYTES = 256 << 20  #: kept free, so that the databases and the node live on
 MORE_ROOM_BYTES = 4 << 20  #: above the reserve, before a full gateway goes on
 LOOK_SECONDS = 5.0  #: between two countings of files and descriptors
@@ -95,15 +97,7 @@ class Watch:
 
 def stored_bytes(run_dir: Path) -> int:
     """What ingest has written for a run: its journal and files."""
-    total = 0
-    for folder in ("journal", "media"):
-        for place, _, names in os.walk(run_dir / folder):
-            for name in names:
-                try:
-                    total += os.lstat(f"{place}/{name}").st_size
-                except OSError:
-                    continue  # renamed since it was listed
-    return total
+    return tree_bytes(run_dir / "journal") + tree_bytes(run_dir / "media")
 
 
 def _descriptor_limit() -> int:

@@ -102,7 +102,8 @@ def _mtime(run_dir: Path) -> int:
     """Changes whenever a journal grows or gets a new segment."""
     journal = run_dir / "journal"
     try:
-        newest = max(os.scandir(journal), key=lambda e: e.name)
+        with os.scandir(journal) as segments:
+            newest = max(segments, key=lambda e: e.name)
         return newest.stat().st_mtime_ns
     except (OSError, ValueError):
         return 0

@@ -20,11 +20,12 @@ import zmq
 
 from rank_client import orphans
 from rank_client.rendezvous import ipc_address
+from rank_client.wire.disk import tree_bytes
 
 from .check import Check
 from .disks import DATA, SPOOL, data_checks, existing, spool_checks
 from .reach import address_check, key_checks
-from .serving import gateway_of, tree_bytes
+from .serving import gateway_of
 from .words import duration, plural, size
 
 ENOUGH_FILES = 4096  #: a socket and a few files per rank, and SQLite's

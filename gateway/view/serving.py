@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rank_client.rendezvous import LOCK_GATEWAY, locked
+from rank_client.wire.disk import tree_bytes
 
 ANSWER_NS = 3 * 10**9  #: ingest says each second that it is there
 
@@ -83,14 +84,3 @@ def mtime_ns(path: Path) -> int:
         return path.stat().st_mtime_ns
     except OSError:
         return 0
-
-
-def tree_bytes(root: Path) -> int:
-    total = 0
-    for folder, _, names in os.walk(root):
-        for name in names:
-            try:
-                total += os.lstat(f"{folder}/{name}").st_size
-            except OSError:
-                continue  # gone since it was listed
-    return total

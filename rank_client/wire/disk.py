@@ -41,6 +41,18 @@ def is_at(fd: int, path: str) -> bool:
     return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
 
 
+def tree_bytes(root: str | os.PathLike[str]) -> int:
+    """What the files in a folder and below it hold; nothing where there is no such folder."""
+    total = 0
+    for folder, _, names in os.walk(root):
+        for name in names:
+            try:
+                total += os.lstat(f"{folder}/{name}").st_size
+            except OSError:
+                continue  # sent, renamed or removed since it was listed
+    return total
+
+
 class OsDisk:
     """The real disk. Files are 0600, directories 0700: logs may hold what others must not read."""
 

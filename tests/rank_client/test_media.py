@@ -266,6 +266,28 @@ def test_a_file_that_fails_in_the_call_leaves_nothing(sending: Sending) -> None:
     assert list((sending.directory / "media").iterdir()) == []
 
 
+def test_a_file_sent_while_they_are_counted_hides_no_other(
+    sending: Sending, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What waits is reckoned against the cap, though the sender removes a file at that moment."""
+    sending.spool.cap_bytes = 1000
+    waiting = sending.directory / "media"
+    waiting.mkdir()
+    for name in "123":
+        (waiting / name).write_bytes(bytes(900))
+    lstat = os.lstat
+
+    def sent_first(path: str) -> os.stat_result:
+        (waiting / "1").unlink(missing_ok=True)
+        return lstat(path)
+
+    monkeypatch.setattr(os, "lstat", sent_first)
+    sending.media.add({}, lambda part: None, now=True)
+    monkeypatch.undo()
+    assert sum(sending.spool.refused.values()) == 1
+    assert sorted(path.name for path in waiting.iterdir()) == ["2", "3"]
+
+
 def test_waiting_has_a_deadline(sending: Sending) -> None:
     """Waiting for files ends at its deadline when nobody takes them."""
     sending.media.add({"key": "k"}, lambda path: path.write_bytes(b"x") and None, now=True)
