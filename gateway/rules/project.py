@@ -18,12 +18,10 @@ from rank_client.wire.frames import DATA_HEAD, DATA_HEAD_BYTES
 from rank_client.wire.records import (
     HEADER_BYTES,
     MAX_EVENT_BYTES,
-    MAX_KEYS,
     UNNUMBERED,
     BadRecord,
     Head,
     Kind,
-    Schema,
     column_type_of,
     pack,
     schema_of,
@@ -35,6 +33,7 @@ from ..journal.salvage import BROKEN_BATCH, salvage, stream_of
 from .changes import Changes, Layout, Stream
 from .gate import Gate
 from .generations import Generations
+from .keys import TOO_MANY_KEYS, Keys
 from .rows import Piece, all_alike, blocks, split
 from .state import state_of
 
@@ -48,8 +47,6 @@ CONSOLE = ("console", "console-err")  #: `k` of a line that was printed, and not
 UNREADABLE = "not readable in the journal"
 ANOTHER_JOURNAL = "streams acknowledged by another journal"
 NEVER_CAME = "media lost (its bytes never came)"
-MAX_RUN_KEYS = MAX_KEYS  #: of all ranks together; each would cost every reader of the run
-TOO_MANY_KEYS = f"a key beyond the {MAX_RUN_KEYS:,} of a run"
 MAX_REFUSED = 1 << 48  #: calls that one record may tell of
 
 QUIET_NS = 15 * 10**9  #: how long a stream was unheard when a tick calls it quiet
@@ -64,8 +61,7 @@ class Projection:
 
     def __init__(self) -> None:
         self.streams: dict[bytes, Stream] = {}
-        self.keys: dict[tuple[str, str], int] = {}
-        self.keysets: dict[tuple[tuple[str, str], ...], int] = {}
+        self.keys = Keys()
         self.generations = Generations()
         self.gate = Gate()
         self.counters: dict[str, int] = {}
@@ -77,7 +73,6 @@ class Projection:
         self.launchers: dict[str, int] = {}  #: launch → exit code of its launcher
         self.duplicates = 0
         self.now_ns = 0
-        self._takes: dict[tuple[int, ...], npt.NDArray[np.int64]] = {}
         self._changes = Changes()
         self._pieces: dict[int, list[Piece]] = {}
         self._position = 0
@@ -345,52 +340,18 @@ class Projection:
         if known is None:
             if self._too_many(zip(schema.keys, schema.types, strict=True)):
                 return  # its rows are quarantined
-            layout = self._layout(schema)
+            layout = self.keys.layout(schema, self._changes)
             stream.layouts[schema.id] = layout
             take = b"" if layout.take is None else layout.take.tobytes()
             self._changes.layouts.append((stream.index, schema.id, layout.keyset, take))
         elif known.columns != tuple(zip(schema.keys, schema.types, strict=True)):
             self._quarantine(entry, stream, head.seq, 0, "a schema id used for two schemas")
 
-    def _layout(self, schema: Schema) -> Layout:
-        columns = tuple(zip(schema.keys, schema.types, strict=True))
-        ordered = tuple(sorted(columns))
-        order = [columns.index(c) for c in ordered]
-        same = order == list(range(len(order)))
-        return Layout(
-            schema.id,
-            self._keyset(ordered),
-            schema.row_bytes,
-            None if same else self.take_of(tuple(order)),
-            columns,
-        )
-
-    def take_of(self, order: tuple[int, ...]) -> npt.NDArray[np.int64]:
-        """One array object per column order, so that `is` tells whether two streams agree."""
-        return self._takes.setdefault(order, np.array(order, np.int64))
-
     def _too_many(self, columns: Iterable[tuple[str, str]]) -> bool:
-        """Would these give the run more keys than it may have?"""
-        new = sum(column not in self.keys for column in columns)
-        if new == 0 or len(self.keys) + new <= MAX_RUN_KEYS:
-            return False
-        self._count(TOO_MANY_KEYS)
-        return True
-
-    def _keyset(self, columns: tuple[tuple[str, str], ...]) -> int:
-        """Intern a sorted set of (key, type); ids follow the order of first appearance."""
-        found = self.keysets.get(columns)
-        if found is not None:
-            return found
-        ids = []
-        for column in columns:
-            if column not in self.keys:
-                self.keys[column] = len(self.keys) + 1
-                self._changes.keys.append((self.keys[column], *column))
-            ids.append(self.keys[column])
-        found = self.keysets[columns] = len(self.keysets) + 1
-        self._changes.keysets.append((found, np.array(ids, "<u4").tobytes()))
-        return found
+        refused = self.keys.too_many(columns)
+        if refused:
+            self._count(TOO_MANY_KEYS)
+        return refused
 
     # --- rows ----------------------------------------------------------------
 
@@ -476,7 +437,8 @@ class Projection:
         codes = "".join("d" if t == "f8" else "q" for _, t in columns)
         packed = struct.pack(f"<qqq{codes}", body["s"], body["w"], 0, *(v for _, v in values))
         row = pack(Kind.ROW, seq, packed)
-        layout = Layout(0, self._keyset(columns), len(row), None, columns)
+        keyset = self.keys.set_of(columns, self._changes)
+        layout = Layout(0, keyset, len(row), None, columns)
         self._add_piece(entry, stream, layout, seq, 1, row)
 
     def _item(self, entry: int, stream: Stream, head: Head, body: dict[str, Any]) -> None:

@@ -299,13 +299,13 @@ def load(db: apsw.Connection) -> tuple[Projection, int]:
     """The projection as it was after the last transaction, and its cursor."""
     projection = Projection()
     about: dict[str, Any] = dict(fetch(db, "SELECT name, value FROM about"))
-    projection.keys = {
+    projection.keys.numbers = {
         (name, kind): id_ for id_, name, kind in fetch(db, "SELECT id, name, type FROM key")
     }
-    by_id = {id_: column for column, id_ in projection.keys.items()}
+    by_id = {id_: column for column, id_ in projection.keys.numbers.items()}
     for id_, keys in fetch(db, "SELECT id, keys FROM keyset"):
         columns = tuple(by_id[int(k)] for k in np.frombuffer(keys, "<u4"))
-        projection.keysets[columns] = id_
+        projection.keys.sets[columns] = id_
     _load_streams(db, projection)
     for stream, seq, rule, lost in fetch(
         db, "SELECT stream, seq, rule, lost FROM media WHERE sha256 IS NULL"
@@ -331,7 +331,7 @@ def load(db: apsw.Connection) -> tuple[Projection, int]:
 
 
 def _load_streams(db: apsw.Connection, projection: Projection) -> None:
-    by_keyset = {id_: columns for columns, id_ in projection.keysets.items()}
+    by_keyset = {id_: columns for columns, id_ in projection.keys.sets.items()}
     streams: dict[int, Stream] = {}
     names = ("id", "stream", "hello", "rank", "kind", *_STREAM_COLUMNS)
     for row in fetch(db, f"SELECT {','.join(names)} FROM stream ORDER BY id"):  # noqa: S608
@@ -346,7 +346,7 @@ def _load_streams(db: apsw.Connection, projection: Projection) -> None:
         order = None
         if take:
             indexes = tuple(np.frombuffer(take, np.int64).tolist())
-            order = projection.take_of(indexes)
+            order = projection.keys.order(indexes)
             unsorted: list[tuple[str, str]] = [("", "")] * len(columns)
             for place, source in enumerate(indexes):
                 unsorted[source] = columns[place]

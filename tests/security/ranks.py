@@ -15,6 +15,7 @@ from gateway.ingest.admission import Guarded, server_public
 from gateway.ingest.journals import RunStore
 from gateway.ingest.peers import QUEUED_TOP_BYTES, Peers
 from gateway.ingest.strikes import STRIKES
+from gateway.rules import keys
 from gateway.rules import project as projection
 from rank_client.link import Link
 from rank_client.wire import frames
@@ -175,7 +176,7 @@ ROWS = [
         events_are_bounded,
         without(projection, "MAX_EVENT_BYTES", 1 << 30),
     ),
-    Row(FLOOD, "keys of a run", keys_are_bounded, without(projection, "MAX_RUN_KEYS", 1 << 30)),
+    Row(FLOOD, "keys of a run", keys_are_bounded, without(keys, "MAX_RUN_KEYS", 1 << 30)),
     Row(FLOOD, "strikes", strikes, without(strikes_of, "STRIKES", 1 << 30)),
     Row(LIE, "a stream has one run", stream_keeps_its_run, alone("check_same", nothing)),
     Row(

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from gateway.rules import project as projection
-from gateway.rules.project import TOO_MANY_KEYS, Projection
+from gateway.rules import keys
+from gateway.rules.keys import TOO_MANY_KEYS
+from gateway.rules.project import Projection
 from gateway.series import writer
 from gateway.series.reader import Reader
 from rank_client.wire.records import Kind, Schema, pack, pack_map
@@ -120,10 +121,10 @@ def test_ranks_with_other_key_orders_share_a_key_set(tmp_path: Path) -> None:
     """Two ranks that log the same keys in other orders are one key set, each value at its key."""
     run = Run()
     for step in range(3):
-        for rank, keys in ((0, "ab"), (1, "ba")):
+        for rank, order in ((0, "ab"), (1, "ba")):
             if step == 0:
                 run.life(rank, world_size=2)
-            run.lives[rank].row({k: ord(k) + rank / 2 for k in keys}, step).flush()
+            run.lives[rank].row({k: ord(k) + rank / 2 for k in order}, step).flush()
     with reading(tmp_path, run) as reader:
         assert len({e.keyset for e in reader.feed(0, 99)}) == 1
         check_points(reader, run)
@@ -195,7 +196,7 @@ def test_keys_beyond_those_of_a_run_are_put_aside(
 ) -> None:
     """A row that would give the run more keys than it may have is quarantined with that reason,
     also where its schema was told long before; all other rows are kept."""
-    monkeypatch.setattr(projection, "MAX_RUN_KEYS", 3)
+    monkeypatch.setattr(keys, "MAX_RUN_KEYS", 3)
     run = Run()
     life, other = run.life(), run.life()
     getattr(life, how)({"a": 1.0, "b": 1.0}, 0).flush()
