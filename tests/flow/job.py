@@ -22,6 +22,7 @@ from rank_client import orphans
 from rank_client.capture.console import LATE
 from rank_client.rendezvous import LOCK_GATEWAY, locked
 
+ENDLESS = 100_000  #: steps of a rank that is asked to stop long before
 RANKS = Path(__file__).with_name("ranks.py")
 ROOT = Path(__file__).parents[2]
 
@@ -100,6 +101,12 @@ class Job:
         }
         words = (sys.executable, str(RANKS), str(self.truth_dir), str(steps), end, str(pause))
         return self.start(*words, **{"RANKGATE_RUN": "r1", **place, **environ})
+
+    def ask_stop(self) -> None:
+        """Leave the wish to stop in the folder of the run r1."""
+        requests = self.data / "runs/r1/requests"
+        requests.mkdir(exist_ok=True)
+        (requests / "stop").write_text("enough")
 
     def cli(self, *words: str, seconds: float = 120, **environ: str) -> tuple[int, str, str]:
         """(exit code, stdout, stderr) of `rankgate …`."""

@@ -1,7 +1,8 @@
 """A rank without torch: logs, writes down what `log` returned for, and ends as it is told.
 
 Usage: python ranks.py TRUTH_DIR STEPS END [PAUSE_SECONDS]
-END: finish | exit | os_exit | raise | kill | hang | gil | stop | checkpoint
+END: finish | exit | os_exit | raise | kill | hang | gil | stop | until | checkpoint
+`stop` waits for the wish to stop after its steps, `until` takes steps until it is there.
 The truth file gets a line after each call has returned: what is in it must arrive.
 """
 
@@ -33,31 +34,37 @@ def main() -> None:
             truth.write(json.dumps({"step": step, **values}) + "\n")
             if end == "kill" and step == steps // 2:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if end == "until" and run.should_stop():
+                break
             time.sleep(pause)
-        run.log_text(f"rank {run.rank} did {steps} steps")
-        truth.write(json.dumps({"text": f"rank {run.rank} did {steps} steps"}) + "\n")
-        if end == "checkpoint":
-            path = truth_dir / f"rank{run.rank}.pt"
-            path.write_bytes(os.urandom(1 << 20) * 100)
-            run.log_checkpoint(path, best=True, step=steps)
-            run.finish(seconds=60)
-        elif end == "finish":
-            run.finish()
-        elif end == "os_exit":
-            os._exit(7)
-        elif end == "raise":
-            raise RuntimeError("the loss exploded")
-        elif end == "stop":
-            Path(truth_dir / f"{run.rank}.ready").touch()
-            while not run.should_stop():
-                time.sleep(0.01)
-            run.finish()
-        elif end == "hang":
-            Path(truth_dir / f"{run.rank}.ready").touch()
-            time.sleep(600)
-        elif end == "gil":
-            Path(truth_dir / f"{run.rank}.ready").touch()
-            ctypes.PyDLL(None).sleep(600)  # as any C call that does not let go of the GIL
+        run.log_text(f"rank {run.rank} did {step + 1} steps")
+        truth.write(json.dumps({"text": f"rank {run.rank} did {step + 1} steps"}) + "\n")
+        come_to(end, run, truth_dir, steps)
+
+
+def come_to(end: str, run: rank_client.Run, truth_dir: Path, steps: int) -> None:
+    if end == "checkpoint":
+        path = truth_dir / f"rank{run.rank}.pt"
+        path.write_bytes(os.urandom(1 << 20) * 100)
+        run.log_checkpoint(path, best=True, step=steps)
+        run.finish(seconds=60)
+    elif end in ("finish", "until"):
+        run.finish()
+    elif end == "os_exit":
+        os._exit(7)
+    elif end == "raise":
+        raise RuntimeError("the loss exploded")
+    elif end == "stop":
+        Path(truth_dir / f"{run.rank}.ready").touch()
+        while not run.should_stop():
+            time.sleep(0.01)
+        run.finish()
+    elif end == "hang":
+        Path(truth_dir / f"{run.rank}.ready").touch()
+        time.sleep(600)
+    elif end == "gil":
+        Path(truth_dir / f"{run.rank}.ready").touch()
+        ctypes.PyDLL(None).sleep(600)  # as any C call that does not let go of the GIL
 
 
 if __name__ == "__main__":

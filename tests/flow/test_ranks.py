@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .job import Job, wait_until
+from .job import ENDLESS, Job, wait_until
 
 
 def finish(job: Job, count: int, expected: int = 0) -> None:
@@ -48,10 +48,12 @@ def test_without_a_gateway_nothing_is_lost(tmp_path: Path) -> None:
 def test_a_gateway_killed_and_started_again(tmp_path: Path) -> None:
     """SIGKILL of the whole gateway in mid-run loses and doubles nothing."""
     with Job(tmp_path) as job:
-        ranks = [job.rank(r, 2, 800, "finish", 0.01) for r in range(2)]
+        ranks = [job.rank(r, 2, ENDLESS, "until", 0.01) for r in range(2)]
         wait_until(lambda: (job.data / "runs/r1/series.db").exists(), what="a first projection")
         job.stop_gateway(signal.SIGKILL)
         assert all(r.poll() is None for r in ranks)
+        wait_until(job.gateway_pids, what="a rank has started another")
+        job.ask_stop()
         finish(job, 2)
         job.drain()
         job.assert_all_there()
@@ -62,12 +64,13 @@ def test_a_part_killed_goes_on_from_disk(tmp_path: Path, child: str) -> None:
     """SIGKILL of ingest or of the rules, several times: the supervisor starts it again."""
     with Job(tmp_path) as job:
         for rank in range(2):
-            job.rank(rank, 2, 300, "finish", 0.01)
+            job.rank(rank, 2, ENDLESS, "until", 0.01)
         wait_until(lambda: (job.data / "runs/r1/series.db").exists(), what="a first projection")
         for _ in range(3):
             pid = job.child(child)
             os.kill(pid, signal.SIGKILL)
             wait_until(lambda pid=pid: job.child(child) != pid, what=f"another {child}")
+        job.ask_stop()
         finish(job, 2)
         job.drain()
         job.assert_all_there()
@@ -155,9 +158,7 @@ def test_a_wish_to_stop_reaches_every_rank(tmp_path: Path) -> None:
             job.rank(rank, 2, 5, "stop")
         wait_until(lambda: all((job.truth_dir / f"{r}.ready").exists() for r in range(2)))
         wait_until(lambda: (job.data / "runs/r1/journal").is_dir(), what="the run is there")
-        requests = job.data / "runs/r1/requests"
-        requests.mkdir()
-        (requests / "stop").write_text("enough")
+        job.ask_stop()
         finish(job, 2)
         job.drain()
         job.assert_all_there()
@@ -197,12 +198,13 @@ def test_rebuilding_gives_the_same_series(tmp_path: Path) -> None:
 
     with Job(tmp_path) as job:
         for rank in range(2):
-            job.rank(rank, 2, 200, "finish", 0.01)
+            job.rank(rank, 2, ENDLESS, "until", 0.01)
         wait_until(lambda: (job.data / "runs/r1/series.db").exists(), what="a first projection")
         for _ in range(3):
             pid = job.child("rules")
             os.kill(pid, signal.SIGKILL)
             wait_until(lambda pid=pid: job.child("rules") != pid, what="other rules")
+        job.ask_stop()
         finish(job, 2)
         job.drain()
         job.stop_gateway(signal.SIGTERM)

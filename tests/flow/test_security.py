@@ -174,9 +174,7 @@ def test_a_key_that_is_put_right_is_taken_up(job: Job, tmp_path: Path) -> None:
     keyfile.unlink()
     write_keyfile(keyfile, read_keyfile(job.data / "gateway.key"))
     wait_until(lambda: "r1" in runs(job), 60, "the rank got through")
-    requests = job.data / "runs/r1/requests"
-    requests.mkdir(exist_ok=True)
-    (requests / "stop").touch()
+    job.ask_stop()
     assert process.wait(60) == 0
     job.drain()
     job.assert_all_there()

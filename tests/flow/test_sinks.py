@@ -13,7 +13,7 @@ from gateway.sinks.store import read_views
 from tests.servers.clearml import ClearmlServer
 from tests.servers.neptune import NeptuneServer, token
 
-from .job import Job, wait_until
+from .job import ENDLESS, Job, wait_until
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def test_sinks_killed_again_and_again(
     """SIGKILL of sink processes in mid-delivery: every point once in ClearML and in Neptune."""
     with Job(tmp_path, **environment(clearml, neptune)) as job:
         job.serve("--sink", "clearml", "--sink", "neptune")
-        rank = job.rank(0, 1, 1000, "stop", 0.02)  # as long as there is something to kill
+        rank = job.rank(0, 1, ENDLESS, "until", 0.02)  # as long as there is something to kill
         wait_until(lambda: clearml.tasks and neptune.runs, 60, "both sinks have begun")
         for _ in range(3):
             killed = {job.child("clearml"), job.child("neptune")}
@@ -77,9 +77,7 @@ def test_sinks_killed_again_and_again(
                 lambda killed=killed: not killed & {job.child("clearml"), job.child("neptune")},
                 what="other sink processes",
             )
-        wish = job.data / "runs/r1/requests/stop"
-        wish.parent.mkdir(exist_ok=True)
-        wish.write_text("killed often enough")
+        job.ask_stop()
         rank.communicate(timeout=90)
         job.drain()
         states = {v.name: v.state for v in read_views(job.data / "runs/r1")}
@@ -116,9 +114,12 @@ def test_a_server_that_fails_for_a_while(tmp_path: Path, clearml: ClearmlServer)
     """503s in mid-run: the sink waits, says why, and then delivers all of it once."""
     with Job(tmp_path, **clearml.env) as job:
         job.serve("--sink", "clearml")
-        rank = job.rank(0, 1, 300, "finish", 0.01)
+        rank = job.rank(0, 1, ENDLESS, "until", 0.01)
         wait_until(lambda: clearml.tasks, 60, "the sink has begun")
         clearml.fail("events.add_batch", status=503, times=3)
+        sends = clearml.accepted_scalar_sends
+        wait_until(lambda: clearml.accepted_scalar_sends > sends, 60, "it goes on")
+        job.ask_stop()
         rank.communicate(timeout=60)
         job.drain()
         assert_in_clearml(clearml, job)

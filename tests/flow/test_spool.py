@@ -210,8 +210,7 @@ def test_a_spool_deleted_under_a_running_rank(tmp_path: Path) -> None:
         assert all(rank.poll() is None for rank in ranks)
         wait_until(lambda: len(list(job.truth_dir.glob("*.ready"))) == 2, what="all is logged")
         wait_until(lambda: len(list(job.spool.rglob("00000001.log"))) == 2, what="the old files")
-        (job.data / "runs/r1/requests").mkdir(exist_ok=True)
-        (job.data / "runs/r1/requests/stop").touch()
+        job.ask_stop()
         for rank in ranks:
             assert "deleted the spool" in ended(rank)
         job.drain()
@@ -261,9 +260,7 @@ def test_a_journal_deleted_under_a_running_rank(tmp_path: Path) -> None:
         path = run_dir / "journal/00000001.log"
         wait_until(lambda: path.exists() and path.stat().st_ino != before, what="a new journal")
         wait_until(lambda: len(known(job)) == 2, what="both lives again")
-        requests = run_dir / "requests"
-        requests.mkdir(exist_ok=True)
-        (requests / "stop").write_text("enough")
+        job.ask_stop()
         ended(job.processes[-1])
         job.drain()
         job.assert_all_there()
@@ -287,8 +284,7 @@ def test_the_next_life_ships_what_the_last_one_left(tmp_path: Path) -> None:
         rank = job.rank(0, 1, 20, "stop", RANKGATE_ADDR=address, RANKGATE_LAUNCH="second")
         wait_until(lambda: list(job.spool.rglob("done")), 60, "the orphan is shipped")
         assert rank.poll() is None
-        (job.data / "runs/r1/requests").mkdir(exist_ok=True)
-        (job.data / "runs/r1/requests/stop").touch()
+        job.ask_stop()
         ended(rank)
         assert process.poll() is None
         wait_until(lambda: len(list(job.spool.rglob("done"))) == 2, what="both are shipped")

@@ -27,7 +27,7 @@ from rank_client.sender import Carrier
 from rank_client.wire.records import Kind, pack
 from rank_client.wire.session import ClientSession
 
-from .job import ROOT, Job, wait_until
+from .job import ENDLESS, ROOT, Job, wait_until
 
 MIB = 1 << 20
 QUIET_P99_SECONDS = 0.05
@@ -301,7 +301,7 @@ def test_a_full_disk_stops_nothing_but_the_acknowledgements(
         job.data = small_disk
         text = f"reserve_mib = {reserve_mib}\n[sinks.clearml]\nmode = 'offline'"
         job.serve("--config", config_of(tmp_path, text))
-        ranks = [job.rank(r, 2, 400, "finish", 0.005) for r in range(2)]
+        ranks = [job.rank(r, 2, ENDLESS, "until", 0.005) for r in range(2)]
         wait_until(lambda: job.truth() and sum(map(len, job.truth().values())) > 40)
         filler = fill(small_disk)
         gateway = wait_until(lambda: _full(small_disk), what="the gateway says that it is full")
@@ -311,6 +311,7 @@ def test_a_full_disk_stops_nothing_but_the_acknowledgements(
         wait_until(lambda: len(next(iter(job.truth().values()))) > told + 50, what="training")
         assert _full(small_disk), "it says so for as long as it lasts"
         filler.unlink()
+        job.ask_stop()
         for rank in ranks:
             _, err = rank.communicate(timeout=60)
             assert rank.returncode == 0, err
