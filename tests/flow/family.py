@@ -7,6 +7,7 @@ The parent notes in its truth file what its calls returned for; its children's c
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import multiprocessing
 import os
@@ -65,7 +66,8 @@ def threads(truth: Truth, _dir: Path) -> None:
     seed = random.randrange(1 << 30)
     sys.stderr.write(f"seed {seed}\n")
     randomly = random.Random(seed)
-    counts = {"handler": 0, "del": 0}
+    counts = {"handler": 0}
+    deaths = itertools.count()  # one step: threads must not take the same number
 
     def again(*_: object) -> None:
         truth.run.log({"handler": counts["handler"]}, step=counts["handler"])
@@ -79,7 +81,7 @@ def threads(truth: Truth, _dir: Path) -> None:
             self.me = self
 
         def __del__(self) -> None:
-            number, counts["del"] = counts["del"], counts["del"] + 1
+            number = next(deaths)
             truth.run.log({"del": number}, step=number)
 
     def work(number: int) -> None:
@@ -103,7 +105,7 @@ def threads(truth: Truth, _dir: Path) -> None:
     assert counts["handler"] > 10
     for step in range(counts["handler"]):
         truth._file.write(json.dumps({"step": step, "handler": step}) + "\n")
-    for step in range(counts["del"]):
+    for step in range(next(deaths)):
         truth._file.write(json.dumps({"step": step, "del": step}) + "\n")
 
 

@@ -102,9 +102,9 @@ class Job:
         words = (sys.executable, str(RANKS), str(self.truth_dir), str(steps), end, str(pause))
         return self.start(*words, **{"RANKGATE_RUN": "r1", **place, **environ})
 
-    def ask_stop(self) -> None:
-        """Leave the wish to stop in the folder of the run r1."""
-        requests = self.data / "runs/r1/requests"
+    def ask_stop(self, run: str = "r1") -> None:
+        """Leave the wish to stop in the folder of the run."""
+        requests = self.data / f"runs/{run}/requests"
         requests.mkdir(exist_ok=True)
         (requests / "stop").write_text("enough")
 

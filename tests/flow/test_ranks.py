@@ -128,7 +128,12 @@ def test_two_runs_share_a_gateway_and_stay_apart(tmp_path: Path) -> None:
     with Job(tmp_path) as job:
         for run in ("r1", "r2"):
             for rank in range(2):
-                job.rank(rank, 2, 100, "finish", 0.002, RANKGATE_RUN=run)
+                job.rank(rank, 2, 100, "stop", 0.002, RANKGATE_RUN=run)
+        for run in ("r1", "r2"):
+            wait_until(lambda run=run: len(job.truth(run)) == 2, what=f"both ranks of {run}")
+            wait_until((job.data / f"runs/{run}/journal").is_dir, what=f"{run} is there")
+        for run in ("r1", "r2"):
+            job.ask_stop(run)
         finish(job, 4)
         job.drain()
         for run in ("r1", "r2"):
